@@ -1,0 +1,180 @@
+"""Load-time patching of Hugging Face models: `apply_hiprune` and its relatives, and the table of what is supported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import nn
+
+from ..budget import ROLE_NAMES
+from .encoders import PATCH, ModelFamily, Patch, Selection, Settings, install, prepare
+from .llava import LLAVA
+from .recording import LayerScores, record_scores
+
+__all__ = [
+    "FAMILIES",
+    "LayerScores",
+    "Selection",
+    "apply_hiprune",
+    "hiprune",
+    "is_patched",
+    "last_selection",
+    "record_scores",
+    "remove_hiprune",
+]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def _last_layer(host: nn.Module, arguments: object) -> int:
+    return host.config.num_hidden_layers
+
+
+_BARE_CLIP = ModelFamily(
+    host=lambda model: getattr(model, "vision_model", model),  # CLIPVisionModelWithProjection holds the encoder
+    encoder=lambda host: host,
+    feature_layer=_last_layer,
+)
+
+FAMILIES = {"clip_vision_model": _BARE_CLIP, "llava": LLAVA}  # config.model_type -> family
+
+
+def _family(model: nn.Module) -> ModelFamily:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"model: expected a Hugging Face model of type {', '.join(FAMILIES)}, got {type(model).__name__}"
+            + (f" of type {model_type!r}" if model_type else "")
+        )
+    return FAMILIES[model_type]
+
+
+def _patch_of(model: nn.Module) -> Patch | None:
+    return _family(model).host(model).__dict__.get(PATCH)
+
+
+def apply_hiprune(
+    model: Model,
+    *,
+    budget: int | None = None,
+    retention: float | None = None,
+    alpha: float = 0.1,
+    object_layer: int | None = None,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    score_queries: str = "all",
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> Model:
+    """Let a loaded model prune its visual tokens with HiPrune, in place.
+
+    Args:
+        model: see `FAMILIES`; in eval mode when it runs.
+        budget, retention: exactly one of them: visual tokens kept per image, or the share of them. A budget that
+            reaches the number of tokens leaves the forward stock.
+        alpha: share of the budget spent on anchors and buffers (Eq. 3).
+        object_layer: 1-based layer whose scores choose the anchors; None takes the family's (CLIP: 9 of 24, scaled to
+            other depths by ``round(9 / 24 * depth)``).
+        rule: "paper", "official" (the authors' released code for this family) or "grid".
+        neighborhood: "cross", "square", "row" or "none".
+        score_queries: "all" (Eq. 2) or "cls": which queries' attention counts.
+        keep_roles: which of "anchor", "buffer", "register" are kept (table 5 of the paper).
+
+    Returns:
+        `model`. A vision encoder now returns [B, prefix + budget, C]; a vision-language model takes the inputs it took
+        before, and `logits` have columns for kept tokens only; counted from the end they are where they were behind
+        the last image. Applying again replaces the settings.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came. The model is then as it was before.
+
+    Example:
+        >>> apply_hiprune(model, budget=192)
+        >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
+    """
+    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    _apply(model, settings)
+    return model
+
+
+def _apply(model: nn.Module, settings: Settings) -> None:
+    patch, previous = prepare(model, _family(model), settings), _patch_of(model)
+    if previous is not None:
+        previous.edits.undo()
+    try:
+        install(patch, model)
+    except BaseException:
+        if previous is not None:
+            install(previous, model)
+        raise
+
+
+def remove_hiprune(model: Model) -> Model:
+    """Take the patch off again: the model computes its stock bits, and no attribute stays behind.
+
+    Raises:
+        ValueError: if the model is not patched.
+    """
+    _patched(model).edits.undo()
+    return model
+
+
+def _patched(model: nn.Module) -> Patch:
+    patch = _patch_of(model)
+    if patch is None:
+        raise ValueError(f"model: expected a patched model, but this {type(model).__name__} is not; call apply_hiprune")
+    return patch
+
+
+def is_patched(model: nn.Module) -> bool:
+    """Whether `apply_hiprune` is in force on this model (False for models that cannot be patched)."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    return model_type in FAMILIES and _patch_of(model) is not None
+
+
+def last_selection(model: nn.Module) -> list[Selection]:
+    """What the most recent forward with images kept, one `Selection` per image; empty before the first one.
+
+    Where the budget reached the number of tokens nothing was selected, and all of them count as registers.
+
+    Raises:
+        ValueError: if the model is not patched.
+
+    Example:
+        >>> indices, roles, grid = last_selection(model)[0]
+    """
+    return _patched(model).last
+
+
+@contextmanager
+def hiprune(
+    model: Model,
+    *,
+    budget: int | None = None,
+    retention: float | None = None,
+    alpha: float = 0.1,
+    object_layer: int | None = None,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    score_queries: str = "all",
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> Iterator[Model]:
+    """`apply_hiprune` for the length of a ``with`` block; then the model is stock again, or patched as it was before.
+
+    Example:
+        >>> with hiprune(model, retention=0.222):
+        ...     answer = model.generate(**inputs)
+    """
+    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    previous = _patch_of(model)
+    _apply(model, settings)
+    try:
+        yield model
+    finally:
+        if previous is not None:
+            _apply(model, previous.settings)
+        else:
+            remove_hiprune(model)

@@ -1,0 +1,255 @@
+"""Language side of patching: a pruned prefill, and bookkeeping for everything that comes after it.
+
+The caller, and `generate()`, go on counting in *full coordinates*: attention masks, position ids and input ids have the
+length they would have without pruning. The key-value cache is shorter. A `Plan` on the cache maps one to the other, and
+a pre-hook on the language model translates what comes in; so stock code on both sides stays as it is.
+
+A row of the pruned batch holds, in order, what was not dropped. Rows with fewer tokens are padded on the left (leading
+padding of the caller's is reused first), so columns counted from the end stay where they were behind the last image.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
+
+from .edits import Edits
+from .encoders import Call, current_call
+
+_PLAN = "_hiprune_plan"
+
+
+@dataclass
+class Plan:
+    """Which full position each slot of a pruned cache holds. Slots behind the recorded ones follow one to one."""
+
+    source: Tensor  # [B, S] int64: full position of slot s
+    valid: Tensor  # [B, S] bool: False for padding that pruning added or kept
+    dropped: Tensor  # [B, 1] int64: visual tokens dropped; position ids behind them shift by as many
+    gone: int  # full length minus cache length
+    padded: bool  # whether any slot is not valid
+
+    def rows(self, batch: int) -> Plan:
+        """This plan for a batch whose rows were repeated since, as `Cache.batch_repeat_interleave` does."""
+        repeats, rest = divmod(batch, len(self.valid))
+        if rest:
+            raise ValueError(
+                f"past_key_values: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows"
+            )
+        if repeats == 1:
+            return self
+        tensors = (x.repeat_interleave(repeats, dim=0) for x in (self.source, self.valid, self.dropped))
+        return Plan(*tensors, self.gone, self.padded)
+
+    def cache_mask(self, mask: Any, seen: int, new: int) -> Any:
+        """The caller's mask in cache coordinates, for `seen` slots in the cache and `new` tokens behind them.
+
+        2-D masks may have full length, or the cache's (from a caller who counts in cache slots). Masks that are not 2-D
+        were made from one that went through here.
+        """
+        if mask is None and not self.padded:
+            return None
+        slots = min(seen, self.valid.shape[1])  # fewer than recorded after the cache was cropped
+        valid = self.valid[:, :slots]
+        if mask is None:
+            return torch.cat([valid, valid.new_ones(len(valid), seen - slots + new)], dim=1).long()
+        if not isinstance(mask, Tensor) or mask.ndim != 2:
+            return mask
+        if mask.shape[1] == seen + self.gone + new:
+            head, tail = mask.gather(1, self.source[:, :slots]), mask[:, slots + self.gone :]
+        elif mask.shape[1] == seen + new:
+            head, tail = mask[:, :slots], mask[:, slots:]
+        else:
+            raise ValueError(
+                f"attention_mask: expected [batch, {seen + self.gone + new}] ({seen} tokens in the pruned cache, "
+                f"{self.gone} pruned away, {new} new), got {list(mask.shape)}"
+            )
+        return torch.cat([head * valid.to(mask.dtype), tail], dim=1)
+
+
+def _seen(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def live_plan(cache: Any) -> Plan | None:
+    """The plan of a cache; none if it was never pruned, or was reset since."""
+    plan = getattr(cache, _PLAN, None)
+    return plan if plan is not None and _seen(cache) > 0 else None
+
+
+def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
+    return kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+
+
+# ----------------------------------------------------------------------------------------------------- pruned prefill
+
+
+def placeholder_mask(host: nn.Module, arguments: dict[str, Any], token_id: int) -> Tensor:
+    """Where the prompt has image tokens, as the stock forward finds them: bool [B, L]."""
+    if arguments.get("input_ids") is not None:
+        return arguments["input_ids"] == token_id
+    embeds = arguments["inputs_embeds"]
+    image = host.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))
+    return (embeds == image).all(dim=-1)
+
+
+def _prune(call: Call, plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Plan]:
+    """The language model's arguments without the tokens where `keep` [B, Q] is False, and the plan for what follows."""
+    embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
+    batch, length = keep.shape
+    device = embeds.device
+    keep = keep.to(device)
+    seen = _seen(kwargs.get("past_key_values"))
+    if plan is None:
+        slots = torch.arange(seen, device=device).expand(batch, -1)
+        plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False)
+    start = seen + plan.gone  # full position of the first new token
+    if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, start + length)):
+        shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attention_mask: a pruned prefill needs [batch, {start + length}], got {shape}")
+
+    removable = ~keep
+    if mask is not None:
+        removable |= mask[:, start:].to(device).bool().cumsum(dim=1) == 0  # leading padding
+    remaining = int((~removable).sum(dim=1).max())
+    index = (~removable).to(torch.uint8).argsort(dim=1, stable=True)[:, length - remaining :]
+    valid = ~removable.gather(1, index)
+
+    between = torch.arange(plan.valid.shape[1], seen, device=device).expand(batch, -1) + plan.gone
+    dropped_before = (~keep).cumsum(dim=1)
+    if positions is None:
+        positions = torch.arange(start, start + length, device=device)[None]
+    new_plan = Plan(
+        source=torch.cat([plan.source[:, :seen], between, start + index], dim=1),
+        valid=torch.cat([plan.valid[:, :seen], torch.ones_like(between, dtype=torch.bool), valid], dim=1),
+        dropped=plan.dropped + dropped_before[:, -1:],
+        gone=plan.gone + length - remaining,
+        padded=plan.padded or not bool(valid.all()),
+    )
+    pruned = {
+        "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
+        "attention_mask": new_plan.cache_mask(mask, seen + remaining, 0),
+        # Position ids are compact: each token moves up by the dropped ones before it.
+        "position_ids": (positions - plan.dropped - dropped_before).gather(1, index).clamp(min=0),
+    }
+    return {**kwargs, **pruned}, new_plan
+
+
+def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
+    batch, new = _new_tokens(kwargs).shape[:2]
+    seen, plan = _seen(kwargs["past_key_values"]), plan.rows(batch)
+    positions = kwargs.get("position_ids")
+    if positions is None:
+        start = seen + plan.gone
+        positions = torch.arange(start, start + new, device=plan.dropped.device)[None]
+    mask = plan.cache_mask(kwargs.get("attention_mask"), seen, new)
+    return {**kwargs, "attention_mask": mask, "position_ids": positions - plan.dropped}
+
+
+def prune_inputs(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Pre-hook of the language model."""
+    plan = live_plan(kwargs.get("past_key_values"))
+    call = current_call(module)
+    if call is not None:
+        kwargs, call.plan = _prune(call, plan, call.patch.family.keep_mask(call), kwargs)
+        return args, kwargs
+    return None if plan is None else (args, _translate(plan, kwargs))
+
+
+def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    """Post-hook of the language model: the plan rides on the cache that this forward filled."""
+    call = current_call(module)
+    if call is not None and output.past_key_values is not None:
+        setattr(output.past_key_values, _PLAN, call.plan)
+
+
+# ---------------------------------------------------------------------------------------------------------- generate()
+
+
+def prepare_inputs_for_generation(
+    self: nn.Module,
+    input_ids: Tensor,
+    next_sequence_length: int | None = None,
+    past_key_values: Any = None,
+    attention_mask: Any = None,
+    inputs_embeds: Tensor | None = None,
+    is_first_iteration: bool | None = False,
+    **kwargs: Any,
+) -> dict[str, Any]:
+    """Stock, but `generate` takes a cache's length off the full one when it continues from a cache: set that right."""
+    plan = live_plan(past_key_values)
+    if plan is not None and next_sequence_length is not None:
+        prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
+        if next_sequence_length == prompt.shape[1] - _seen(past_key_values):
+            next_sequence_length -= plan.gone
+    return type(self).prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=next_sequence_length,
+        past_key_values=past_key_values,
+        attention_mask=attention_mask,
+        inputs_embeds=inputs_embeds,
+        is_first_iteration=is_first_iteration,
+        **kwargs,
+    )
+
+
+def create_masks_for_generate(
+    self: nn.Module,
+    config: Any,
+    inputs_embeds: Tensor,
+    attention_mask: Any,
+    past_key_values: Any,
+    is_first_iteration: bool | None = False,
+    **kwargs: Any,
+) -> Any:
+    """Static caches get their 4-D mask before the forward: not yet for a prefill, and in cache coordinates later."""
+    if is_first_iteration:
+        return attention_mask
+    plan = live_plan(past_key_values)
+    if plan is not None:
+        batch, new = inputs_embeds.shape[:2]
+        attention_mask = plan.rows(batch).cache_mask(attention_mask, _seen(past_key_values), new)
+    return stock_create_masks_for_generate(
+        config=config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        **kwargs,
+    )
+
+
+def _prefill(
+    self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+) -> Any:
+    if generation_config.prefill_chunk_size is not None and model_kwargs.get("pixel_values") is not None:
+        raise ValueError(
+            "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
+        )
+    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **kwargs)
+
+
+def refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the model with the head."""
+    if kwargs.get("labels") is not None and kwargs.get("pixel_values") is not None:
+        raise ValueError(
+            "labels: the logits of a pruned forward are shorter than the labels; compute the loss from the logits, "
+            "whose columns counted from the end are where they were behind the last image"
+        )
+
+
+def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
+    """Patch the language side of `model` (with the head, or `host` itself)."""
+    edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
+    edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
+    if model is not host:
+        edits.add_hook(model.register_forward_pre_hook(refuse_labels, with_kwargs=True))
+        for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
+            edits.set_method(model, function.__name__, function)
