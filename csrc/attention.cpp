@@ -1,0 +1,547 @@
+// Attention on the CPU together with its column scores: O = softmax(scale Q K^T) V, and for every key the sum of the
+// softmax probabilities over the queries (Eq. 2 of the HiPrune paper), without ever holding the N x N matrix.
+//
+// Work. A *segment* is one image of a batch or one sequence of a packed ("varlen") batch; a *unit* is one key head of a
+// segment with the query heads that share it; a task is a chunk of some 96 query rows of one query head. Units are taken
+// in groups whose packed keys and values fit a few MiB, which bounds memory however many heads there are. Within a group
+// threads first pack panels (see attention_tiles.inc), then take tasks, then sum up columns: even one head gives many
+// threads work. A task walks over strips of rows: a strip of S = Q K^T stays in the L2 cache while it is exponentiated
+// (each exponential is taken once), added to the columns and multiplied by V.
+//
+// Keys hidden by key_mask are left out when packing, so that every query row sees a prefix of the packed keys, causal or
+// not, and what a hidden key holds is never read.
+//
+// Determinism. Each task adds its rows in ascending order into a slot of its own, and the slots of a segment are summed
+// in ascending order. Chunks depend on the segment's own number of queries; threads decide only who does a task. So the
+// result is the same bit for bit whatever the number of threads and whatever else is in the batch.
+//
+// One source serves every instruction set: attention_tiles.inc is compiled once for each, and the processor decides at
+// the call. It must not be compiled with -ffast-math, which breaks the rounding trick of its exponential.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <optional>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+constexpr int kRows = 6;                             // rows of a register tile
+constexpr int64_t kMaxStrip = 48;                    // rows of a strip, at most; a multiple of kRows
+constexpr int64_t kStripFloats = 400 * 1024 / 4;     // of S in a strip: it should stay in the L2 cache
+constexpr int64_t kChunkRows = 96, kMaxChunks = 64;  // query rows of a task, and tasks per head at most
+constexpr int64_t kMaxDepth = 256;                   // the largest head dimension
+constexpr int64_t kGroupFloats = 4 * 1024 * 1024 / 4;
+constexpr int64_t kLine = 16;  // floats in a cache line; every buffer starts on one
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Columns cut into vectors, and the vectors into panels of at most `widest`, as equal as can be.
+struct Panels {
+  int64_t vectors, count;
+  Panels(int64_t columns, int64_t lanes, int64_t widest)
+      : vectors(ceil_div(columns, lanes)), count(ceil_div(vectors, widest)) {}
+  int64_t begin(int64_t panel) const { return panel * vectors / count; }
+  int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
+};
+
+// The buffers of a thread: a strip of Q, of S, of O and (for bfloat16 products) of P.
+struct Strip {
+  int64_t rows, stride, depth;  // stride of a row of S
+  // An odd number of cache lines keeps the rows of a strip from falling into the same cache set.
+  Strip(int64_t keys, int64_t depth) : stride((ceil_div(keys, kLine) | 1) * kLine), depth(depth) {
+    rows = std::clamp<int64_t>(kStripFloats / stride / kRows * kRows, kRows, kMaxStrip);
+  }
+  int64_t query_floats() const { return rows * round_up(depth, kLine); }
+  int64_t logit_floats() const { return rows * stride; }
+  int64_t output_floats() const { return rows * round_up(depth, kLine); }
+  int64_t floats() const { return query_floats() + logit_floats() * 3 / 2 + output_floats(); }
+};
+
+// What all segments share. Strides count elements.
+struct Problem {
+  int64_t query_heads, key_heads, depth;
+  int64_t query_head, query_row, key_head, key_row, value_head, value_row, output_head, output_row;
+  float scale_log2e;  // |scale| * log2(e)
+  bool negate;        // scale < 0: the queries change sign instead
+  bool causal, want_scores, per_head;
+  double score_scale;
+};
+
+struct Segment {
+  const char *query, *key, *value;
+  char* output;  // null where only scores are asked for
+  float* scores;  // of head 0, the next head's `score_head` floats further
+  int64_t score_head;
+  const bool* query_mask;  // may be null
+  int64_t query_mask_stride;
+  bool masked;
+  int64_t queries, keys, visible;
+  std::vector<int64_t> positions;  // where masked: those of the visible keys, ascending
+
+  int64_t chunk_rows() const {
+    const int64_t chunks = std::min(ceil_div(queries, kChunkRows), kMaxChunks);
+    return round_up(ceil_div(queries, chunks), kRows);
+  }
+  int64_t position(int64_t n) const { return masked ? positions[n] : n; }
+  bool counts(int64_t query) const { return !query_mask || query_mask[query * query_mask_stride]; }
+
+  // How many of the packed keys a query sees: always the first ones.
+  int64_t limit(bool causal, int64_t query) const {
+    if (!causal) return visible;
+    const int64_t end = std::clamp<int64_t>(query + 1 + keys - queries, 0, keys);
+    return masked ? std::lower_bound(positions.begin(), positions.end(), end) - positions.begin() : end;
+  }
+};
+
+// One key head of a segment, and the query heads that share it.
+struct Unit {
+  const Segment* segment;
+  int64_t head;                     // its first query head
+  const void *query, *key, *value;  // of that head, and of the key head
+  void* output;
+  float *packed_key, *packed_value, *slots;
+};
+
+struct Kernels {
+  int64_t lanes, vectors, packing;
+  void (*pack)(const Problem&, const Unit&, int64_t panel);
+  void (*attend)(const Problem&, const Unit&, int64_t head, int64_t begin, int64_t end, float* column, float* scratch);
+};
+
+#define HP_INLINE __attribute__((always_inline)) inline
+#define HP_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HP_TARGET_BEGIN(set) HP_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define HP_TARGET_END HP_PRAGMA(clang attribute pop)
+#else
+#define HP_TARGET_BEGIN(set) HP_PRAGMA(GCC push_options) HP_PRAGMA(GCC target(set))
+#define HP_TARGET_END HP_PRAGMA(GCC pop_options)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
+namespace base {
+#define HP_LANES 4
+#if defined(__aarch64__)
+#define HP_VECTORS 4
+#else
+#define HP_VECTORS 2
+#endif
+#define HP_F16C 0
+#define HP_PAIRS 0
+#include "attention_tiles.inc"
+}  // namespace base
+
+#undef HP_LANES
+#undef HP_VECTORS
+#undef HP_F16C
+#if defined(__x86_64__)
+#define HP_F16C 1
+
+HP_TARGET_BEGIN("avx2,fma,f16c")
+namespace avx2 {
+#define HP_LANES 8
+#define HP_VECTORS 2
+#include "attention_tiles.inc"
+}  // namespace avx2
+HP_TARGET_END
+
+#undef HP_LANES
+#undef HP_VECTORS
+#define HP_LANES 16
+#define HP_VECTORS 4
+
+HP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512 {
+#include "attention_tiles.inc"
+}  // namespace avx512
+HP_TARGET_END
+
+#undef HP_PAIRS
+#define HP_PAIRS 1
+
+HP_TARGET_BEGIN("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace avx512_bf16 {
+#include "attention_tiles.inc"
+}  // namespace avx512_bf16
+HP_TARGET_END
+#endif
+
+enum InstructionSet : int64_t { kBase, kAvx2, kAvx512, kAvx512Bf16, kInstructionSets };
+
+// Bit i is set where instruction set i was compiled in and this processor has it.
+int64_t instruction_sets() {
+  int64_t sets = 1 << kBase;
+#if defined(__x86_64__)
+  const auto has = [](bool a, bool b) { return a && b; };
+  if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"))) sets |= 1 << kAvx2;
+  if (has(sets >> kAvx2 & 1, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
+    sets |= 1 << kAvx512;
+  if (has(sets >> kAvx512 & 1, __builtin_cpu_supports("avx512bf16"))) sets |= 1 << kAvx512Bf16;
+#endif
+  return sets;
+}
+
+template <class T>
+Kernels kernels_for(int64_t set) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16>)
+    if (set == kAvx512Bf16) return avx512_bf16::make_kernels<T>();
+  if (set >= kAvx512) return avx512::make_kernels<T>();
+  if (set == kAvx2) return avx2::make_kernels<T>();
+#endif
+  return base::make_kernels<T>();
+}
+
+Kernels choose_kernels(ScalarType dtype, int64_t isa) {
+  const int64_t sets = instruction_sets();
+  STD_TORCH_CHECK(isa >= -1 && isa < kInstructionSets && (isa == -1 || sets >> isa & 1),
+                  "isa: expected -1 (the best one) or an instruction set of mask ", sets, ", got ", isa);
+  for (int64_t set = kInstructionSets; isa == -1;)
+    if (sets >> --set & 1) isa = set;
+  if (dtype == ScalarType::Float) return kernels_for<float>(isa);
+  if (dtype == ScalarType::BFloat16) return kernels_for<BFloat16>(isa);
+  STD_TORCH_CHECK(dtype == ScalarType::Half, "query: expected float32, bfloat16 or float16");
+  return kernels_for<Half>(isa);
+}
+
+// Calls f(task, worker) for every task. Which thread takes a task is left to chance, for balance; no result depends on it.
+template <class F>
+void for_each_task(int64_t tasks, int64_t workers, const F& f) {
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, std::min(tasks, workers), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker)
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, worker);
+  });
+}
+
+// The slots of the units [first, last), all of one segment, go to columns [begin, end) of the scores.
+void add_slots(const Problem& problem, const Unit* first, const Unit* last, int64_t begin, int64_t end) {
+  const Segment& segment = *first->segment;
+  const int64_t chunks = ceil_div(segment.queries, segment.chunk_rows());
+  const int64_t stride = round_up(segment.visible, kLine), group = problem.query_heads / problem.key_heads;
+  std::vector<double> sum(end - begin);
+  for (const Unit* unit = first; unit < last; ++unit)
+    for (int64_t head = 0; head < group; ++head) {
+      std::fill(sum.begin(), sum.end(), 0.);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        const float* slot = unit->slots + (head * chunks + chunk) * stride;
+        for (int64_t n = begin; n < end; ++n) sum[n - begin] += slot[n];
+      }
+      float* scores = segment.scores + (problem.per_head ? (unit->head + head) * segment.score_head : 0);
+      for (int64_t n = begin; n < end; ++n)
+        scores[segment.position(n)] += static_cast<float>(sum[n - begin] * problem.score_scale);
+    }
+}
+
+void run(const Problem& problem, const std::vector<Segment>& segments, const Kernels& kernels, int64_t element_size) {
+  const int64_t group = problem.query_heads / std::max<int64_t>(problem.key_heads, 1);
+  const int64_t inner = ceil_div(problem.depth, kernels.packing);
+
+  std::vector<Unit> units;
+  std::vector<size_t> bounds{0};  // of the groups
+  std::vector<int64_t> offsets;   // of a unit's buffers, in floats, within its group's memory
+  int64_t used = 0, group_floats = 0, strip_floats = 0;
+  for (const Segment& segment : segments) {
+    if (segment.queries == 0) continue;
+    const int64_t visible = segment.visible, chunks = ceil_div(segment.queries, segment.chunk_rows());
+    const int64_t key_floats = round_up(round_up(visible, kernels.lanes) * inner, kLine);
+    const int64_t value_floats =
+        segment.output ? round_up(round_up(problem.depth, kernels.lanes) * ceil_div(visible, kernels.packing), kLine) : 0;
+    const int64_t slot_floats = problem.want_scores ? group * chunks * round_up(visible, kLine) : 0;
+    const int64_t floats = key_floats + value_floats + slot_floats;
+    strip_floats = std::max(strip_floats, Strip(visible, problem.depth).floats());
+    for (int64_t head = 0; head < problem.key_heads; ++head) {
+      if (used > 0 && used + floats > kGroupFloats) {
+        bounds.push_back(units.size());
+        used = 0;
+      }
+      const auto shift = [&](const char* p, int64_t elements) { return p ? p + elements * element_size : nullptr; };
+      Unit unit{};
+      unit.query = shift(segment.query, head * group * problem.query_head);
+      unit.key = shift(segment.key, head * problem.key_head);
+      unit.value = shift(segment.value, head * problem.value_head);
+      unit.output = const_cast<char*>(shift(segment.output, head * group * problem.output_head));
+      unit.segment = &segment;
+      unit.head = head * group;
+      units.push_back(unit);
+      offsets.insert(offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
+      used += floats;
+      group_floats = std::max(group_floats, used);
+    }
+  }
+  bounds.push_back(units.size());
+
+  const int64_t workers = torch::stable::get_num_threads();
+  const Tensor scratch = torch::stable::empty({group_floats + workers * strip_floats}, ScalarType::Float);
+  float* const memory = static_cast<float*>(scratch.data_ptr());
+  for (size_t i = 0; i < units.size(); ++i) {
+    units[i].packed_key = memory + offsets[3 * i];
+    units[i].packed_value = memory + offsets[3 * i + 1];
+    units[i].slots = memory + offsets[3 * i + 2];
+  }
+
+  struct Task {
+    int64_t unit, head, first;  // which unit; query head within it; first panel, chunk or column
+  };
+  std::vector<Task> packs, chunks, sums;
+  for (size_t g = 0; g + 1 < bounds.size(); ++g) {
+    packs.clear(), chunks.clear(), sums.clear();
+    for (size_t i = bounds[g]; i < bounds[g + 1]; ++i) {
+      const Unit& unit = units[i];
+      const int64_t index = static_cast<int64_t>(i);
+      for (int64_t panel = 0; panel < Panels(unit.segment->visible, kernels.lanes, kernels.vectors).count; ++panel)
+        packs.push_back({index, 0, panel});
+      for (int64_t head = 0; head < group; ++head)
+        for (int64_t row = 0; row < unit.segment->queries; row += unit.segment->chunk_rows())
+          chunks.push_back({index, head, row});
+      if (problem.want_scores && (i == bounds[g] || unit.segment != units[i - 1].segment))
+        for (int64_t column = 0; column < unit.segment->visible; column += 512) sums.push_back({index, 0, column});
+    }
+    for_each_task(packs.size(), workers, [&](int64_t t, int64_t) { kernels.pack(problem, units[packs[t].unit], packs[t].first); });
+    for_each_task(chunks.size(), workers, [&](int64_t t, int64_t worker) {
+      const auto [index, head, first] = chunks[t];
+      const Unit& unit = units[index];
+      const int64_t rows = unit.segment->chunk_rows(), stride = round_up(unit.segment->visible, kLine);
+      float* slot = nullptr;
+      if (problem.want_scores) {
+        slot = unit.slots + (head * ceil_div(unit.segment->queries, rows) + first / rows) * stride;
+        std::memset(slot, 0, stride * sizeof(float));
+      }
+      kernels.attend(problem, unit, head, first, std::min(first + rows, unit.segment->queries), slot,
+                     memory + group_floats + worker * strip_floats);
+    });
+    for_each_task(sums.size(), workers, [&](int64_t t, int64_t) {
+      const Unit *first = &units[sums[t].unit], *last = first, *end = units.data() + bounds[g + 1];
+      while (last < end && last->segment == first->segment) ++last;
+      add_slots(problem, first, last, sums[t].first, std::min(sums[t].first + 512, first->segment->visible));
+    });
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- checks
+
+void check(const Tensor& tensor, const char* name, int64_t dim, const Tensor& query) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
+  STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
+  STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
+  STD_TORCH_CHECK(tensor.stride(dim - 1) == 1 || tensor.size(dim - 1) == 1,
+                  name, ": expected a contiguous last dimension, got stride ", tensor.stride(dim - 1));
+}
+
+void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {
+  STD_TORCH_CHECK(tensor.size(dim) == expected, name, ": expected size ", expected, " in dimension ", dim, ", got ",
+                  tensor.size(dim));
+}
+
+void check_mask(const std::optional<Tensor>& mask, const char* name, std::initializer_list<int64_t> sizes) {
+  if (!mask) return;
+  STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool, name, ": expected a bool tensor on the CPU");
+  STD_TORCH_CHECK(mask->dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
+                  " dimensions, got ", mask->dim());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) check_size(*mask, name, dim++, size);
+}
+
+// `heads` and `rows` are dimensions: 1 and 2 of dense tensors, 1 and 0 of packed ones.
+Problem check_problem(const Tensor& query, const Tensor& key, const std::optional<Tensor>& value, int64_t rows,
+                      double scale, bool causal, bool want_scores, bool per_head, double score_scale) {
+  const int64_t dim = query.dim(), heads = 1, last = dim - 1;
+  check(query, "query", dim, query);
+  check(key, "key", dim, query);
+  Problem problem{};
+  problem.query_heads = query.size(heads);
+  problem.key_heads = key.size(heads);
+  problem.depth = query.size(last);
+  STD_TORCH_CHECK(problem.key_heads > 0 && problem.query_heads % problem.key_heads == 0,
+                  "query: expected a multiple of key's ", problem.key_heads, " heads, got ", problem.query_heads);
+  STD_TORCH_CHECK(problem.depth >= 1 && problem.depth <= kMaxDepth, "query: expected a head dimension of 1 to ", kMaxDepth,
+                  ", got ", problem.depth);
+  check_size(key, "key", last, problem.depth);
+  if (dim == 4) check_size(key, "key", 0, query.size(0));
+  if (value) {
+    check(*value, "value", dim, query);
+    for (int64_t d = 0; d < dim; ++d) check_size(*value, "value", d, key.size(d));
+    problem.value_head = value->stride(heads);
+    problem.value_row = value->stride(rows);
+  }
+  problem.query_head = query.stride(heads);
+  problem.query_row = query.stride(rows);
+  problem.key_head = key.stride(heads);
+  problem.key_row = key.stride(rows);
+  problem.output_head = problem.depth;
+  problem.output_row = problem.query_heads * problem.depth;
+  // Never 0: a padded column's logit is -inf, and the product must stay -inf.
+  problem.scale_log2e = std::max(static_cast<float>(std::fabs(scale) * 1.4426950408889634), FLT_MIN);
+  problem.negate = scale < 0;
+  problem.causal = causal;
+  problem.want_scores = want_scores;
+  problem.per_head = per_head;
+  problem.score_scale = score_scale;
+  return problem;
+}
+
+std::vector<int64_t> check_cu_seqlens(const Tensor& tensor, const char* name, int64_t total) {
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) >= 1 &&
+                      (tensor.scalar_type() == ScalarType::Int || tensor.scalar_type() == ScalarType::Long),
+                  name, ": expected an int32 or int64 tensor [S + 1] on the CPU");
+  std::vector<int64_t> bounds(tensor.size(0));
+  for (size_t i = 0; i < bounds.size(); ++i) {
+    const int64_t at = static_cast<int64_t>(i) * tensor.stride(0);
+    bounds[i] = tensor.scalar_type() == ScalarType::Int ? static_cast<const int32_t*>(tensor.data_ptr())[at]
+                                                        : static_cast<const int64_t*>(tensor.data_ptr())[at];
+    if (i > 0)
+      STD_TORCH_CHECK(bounds[i] >= bounds[i - 1], name, ": expected values that never decrease, got ", bounds[i - 1],
+                      " and then ", bounds[i]);
+  }
+  STD_TORCH_CHECK(bounds.front() == 0, name, ": expected the first value to be 0, got ", bounds.front());
+  STD_TORCH_CHECK(bounds.back() == total, name, ": expected the last value to be ", total, ", the number of rows, got ",
+                  bounds.back());
+  return bounds;
+}
+
+Tensor zeros(std::initializer_list<int64_t> sizes) {
+  Tensor tensor = torch::stable::empty(std::vector<int64_t>(sizes), ScalarType::Float);
+  std::memset(tensor.data_ptr(), 0, tensor.numel() * sizeof(float));
+  return tensor;
+}
+
+// The segment that begins `query_row` and `key_row` elements into the tensors.
+Segment make_segment(int64_t queries, int64_t keys, const bool* key_mask, int64_t key_mask_stride) {
+  Segment segment{};
+  segment.queries = queries;
+  segment.keys = keys;
+  segment.masked = key_mask != nullptr;
+  for (int64_t n = 0; segment.masked && n < keys; ++n)
+    if (key_mask[n * key_mask_stride]) segment.positions.push_back(n);
+  segment.visible = segment.masked ? static_cast<int64_t>(segment.positions.size()) : keys;
+  return segment;
+}
+
+const char* at(const Tensor& tensor, int64_t elements) {
+  return static_cast<const char*>(tensor.data_ptr()) + elements * static_cast<int64_t>(tensor.element_size());
+}
+
+// ---------------------------------------------------------------------------------------------------------- operators
+
+std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& value,
+                                     const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_mask,
+                                     double scale, bool causal, bool want_scores, bool per_head, double score_scale,
+                                     int64_t isa) {
+  STD_TORCH_CHECK(query.dim() == 4, "query: expected 4 dimensions [B, Hq, M, D], got ", query.dim());
+  const Problem problem = check_problem(query, key, value, 2, scale, causal, want_scores, per_head, score_scale);
+  const int64_t B = query.size(0), H = problem.query_heads, M = query.size(2), N = key.size(2), D = problem.depth;
+  check_mask(key_mask, "key_mask", {B, N});
+  check_mask(query_mask, "query_mask", {B, M});
+  const Kernels kernels = choose_kernels(query.scalar_type(), isa);
+
+  Tensor output = value ? torch::stable::empty({B, M, H, D}, query.scalar_type())
+                        : torch::stable::empty({0}, query.scalar_type());
+  Tensor scores = !want_scores ? zeros({0}) : per_head ? zeros({B, H, N}) : zeros({B, N});
+  const auto mask_row = [](const std::optional<Tensor>& mask, int64_t b) {
+    return mask ? static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0) : nullptr;
+  };
+  std::vector<Segment> segments;
+  for (int64_t b = 0; b < B; ++b) {
+    Segment segment = make_segment(M, N, mask_row(key_mask, b), key_mask ? key_mask->stride(1) : 0);
+    segment.query = at(query, b * query.stride(0));
+    segment.key = at(key, b * key.stride(0));
+    segment.value = value ? at(*value, b * value->stride(0)) : nullptr;
+    segment.output = value ? const_cast<char*>(at(output, b * M * H * D)) : nullptr;
+    segment.scores = static_cast<float*>(scores.data_ptr()) + b * N * (per_head ? H : 1);
+    segment.score_head = N;
+    segment.query_mask = mask_row(query_mask, b);
+    segment.query_mask_stride = query_mask ? query_mask->stride(1) : 0;
+    segments.push_back(std::move(segment));
+  }
+  run(problem, segments, kernels, query.element_size());
+  return {value ? torch::stable::transpose(output, 1, 2) : output, scores};
+}
+
+std::tuple<Tensor, Tensor> attention_varlen(const Tensor& query, const Tensor& key, const std::optional<Tensor>& value,
+                                            const Tensor& cu_seqlens_q, const Tensor& cu_seqlens_k,
+                                            const std::optional<Tensor>& key_mask,
+                                            const std::optional<Tensor>& query_mask, double scale, bool causal,
+                                            bool want_scores, bool per_head, double score_scale, int64_t isa) {
+  STD_TORCH_CHECK(query.dim() == 3, "query: expected 3 dimensions [Tq, Hq, D], got ", query.dim());
+  const Problem problem = check_problem(query, key, value, 0, scale, causal, want_scores, per_head, score_scale);
+  const int64_t Tq = query.size(0), Tk = key.size(0), H = problem.query_heads, D = problem.depth;
+  check_mask(key_mask, "key_mask", {Tk});
+  check_mask(query_mask, "query_mask", {Tq});
+  const std::vector<int64_t> bounds_q = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", Tq);
+  const std::vector<int64_t> bounds_k = check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", Tk);
+  STD_TORCH_CHECK(bounds_q.size() == bounds_k.size(), "cu_seqlens_k: expected ", bounds_q.size(),
+                  " values, as many as cu_seqlens_q has, got ", bounds_k.size());
+  const Kernels kernels = choose_kernels(query.scalar_type(), isa);
+
+  Tensor output = value ? torch::stable::empty({Tq, H, D}, query.scalar_type())
+                        : torch::stable::empty({0}, query.scalar_type());
+  Tensor scores = !want_scores ? zeros({0}) : per_head ? zeros({H, Tk}) : zeros({Tk});
+  const auto mask_from = [](const std::optional<Tensor>& mask, int64_t row) {
+    return mask ? static_cast<const bool*>(mask->data_ptr()) + row * mask->stride(0) : nullptr;
+  };
+  std::vector<Segment> segments;
+  for (size_t i = 0; i + 1 < bounds_q.size(); ++i) {
+    const int64_t q = bounds_q[i], k = bounds_k[i];
+    Segment segment = make_segment(bounds_q[i + 1] - q, bounds_k[i + 1] - k, mask_from(key_mask, k),
+                                   key_mask ? key_mask->stride(0) : 0);
+    segment.query = at(query, q * query.stride(0));
+    segment.key = at(key, k * key.stride(0));
+    segment.value = value ? at(*value, k * value->stride(0)) : nullptr;
+    segment.output = value ? const_cast<char*>(at(output, q * H * D)) : nullptr;
+    segment.scores = static_cast<float*>(scores.data_ptr()) + k;
+    segment.score_head = Tk;
+    segment.query_mask = mask_from(query_mask, q);
+    segment.query_mask_stride = query_mask ? query_mask->stride(0) : 0;
+    segments.push_back(std::move(segment));
+  }
+  run(problem, segments, kernels, query.element_size());
+  return {output, scores};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(hiprune, m) {
+  m.def(
+      "_cpu_attention(Tensor query, Tensor key, Tensor? value, Tensor? key_mask, Tensor? query_mask, float scale, "
+      "bool causal, bool want_scores, bool per_head, float score_scale, int isa=-1) -> (Tensor output, Tensor scores)");
+  m.def(
+      "_cpu_attention_varlen(Tensor query, Tensor key, Tensor? value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, "
+      "Tensor? key_mask, Tensor? query_mask, float scale, bool causal, bool want_scores, bool per_head, "
+      "float score_scale, int isa=-1) -> (Tensor output, Tensor scores)");
+  m.def("_cpu_instruction_sets() -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(hiprune, CPU, m) {
+  m.impl("_cpu_attention", TORCH_BOX(&attention));
+  m.impl("_cpu_attention_varlen", TORCH_BOX(&attention_varlen));
+}
+
+// Takes no tensor, so that there is no backend to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(hiprune, CompositeExplicitAutograd, m) {
+  m.impl("_cpu_instruction_sets", TORCH_BOX(&instruction_sets));
+}
