@@ -1,0 +1,319 @@
+// Token selection on the CPU: anchors, buffers, registers (Algorithm 1 of the HiPrune paper) and the gather of their rows.
+//
+// Scores become unsigned keys that order like them (0 for tokens that are out of the race). Top-k finds the k-th largest
+// key (a histogram, then a quick select within one bin), takes everything above it, and of those that equal it the first
+// few in index order: among equal scores the lowest index wins, without sorting. Images are independent and each is one
+// task, so the result does not depend on the number of threads.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+namespace {
+
+enum Role : uint8_t { kDropped, kAnchor, kBuffer, kRegister };
+enum class Rule { kPaper, kOfficial, kGrid };
+
+constexpr int64_t kSteps[8][2] = {{0, -1}, {0, 1}, {-1, 0}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};  // (row, column)
+
+struct Options {
+  Rule rule;
+  int64_t neighbors;  // how many of kSteps
+  bool anchors, buffers, registers;
+  double alpha;
+};
+
+struct Image {
+  int64_t frames, height, width, budget;
+  int64_t count() const { return frames * height * width; }
+};
+
+Options parse_options(double alpha, const std::string& rule, const std::string& neighborhood,
+                      const std::vector<std::string>& keep_roles) {
+  const auto keeps = [&](const char* role) {
+    return std::find(keep_roles.begin(), keep_roles.end(), role) != keep_roles.end();
+  };
+  const int64_t neighbors = neighborhood == "cross" ? 4 : neighborhood == "square" ? 8 : neighborhood == "row" ? 2 : 0;
+  const Rule parsed = rule == "paper" ? Rule::kPaper : rule == "grid" ? Rule::kGrid : Rule::kOfficial;
+  return {parsed, neighbors, keeps("anchor"), keeps("buffer"), keeps("register"), alpha};
+}
+
+// hiprune_kernels.budget.anchor_count, whose docstring says why; a test holds the two together.
+int64_t anchor_count(int64_t budget, const Options& options) {
+  if (!options.anchors) return 0;
+  const int64_t cluster = options.neighbors + 1;
+  const double share = (options.registers ? options.alpha : 1.0) * double(budget) / double(cluster);
+  if (options.rule == Rule::kOfficial) return std::llrint(share);  // half to even
+  return std::min<int64_t>(std::ceil(share - 1e-9), budget / cluster);
+}
+
+// Keys in the order of the scores. NaN is 1, behind -inf; adding 0 turns -0 into +0, which must tie.
+template <class Score, class Key = std::conditional_t<sizeof(Score) == 8, uint64_t, uint32_t>>
+inline Key key_of(Score score) {
+  constexpr Key kSign = Key{1} << (8 * sizeof(Key) - 1);
+  Key bits;
+  score += Score{0};
+  std::memcpy(&bits, &score, sizeof bits);
+  bits ^= (bits & kSign) ? ~Key{0} : kSign;
+  return score == score ? bits : Key{1};
+}
+
+// Sets roles[i] = role for the k largest non-zero keys, the lowest index first among equals.
+template <class Key>
+void take_best(const std::vector<Key>& keys, int64_t k, uint8_t role, uint8_t* roles, std::vector<Key>& scratch) {
+  const int64_t n = static_cast<int64_t>(keys.size());
+  if (k <= 0) return;
+  // Spread the keys that are present over 256 bins, and find the bin that holds the k-th largest.
+  Key low = ~Key{0}, high = 0;
+  for (Key key : keys) low = std::min<Key>(low, key - 1), high = std::max(high, key);  // 0 - 1 wraps: not the minimum
+  const int shift = std::max(0, int(std::bit_width(Key(high - low))) - 8);
+  const auto bin_of = [&](Key key) { return key ? 1 + ((key - 1 - low) >> shift) : 0; };
+  std::array<uint32_t, 257> histogram{};
+  for (Key key : keys) ++histogram[bin_of(key)];
+  Key bin = 256;
+  for (; bin > 0 && histogram[bin] < k; --bin) k -= histogram[bin];
+
+  Key threshold = 0;
+  int64_t equal = 0;  // how many of those that equal the threshold belong to the best k
+  if (bin > 0) {      // else fewer than k are in the race: all of them win
+    int64_t count = 0;
+    for (Key key : keys) {
+      scratch[count] = key;
+      count += bin_of(key) == bin;
+    }
+    const auto first = scratch.begin(), last = first + count;
+    std::nth_element(first, first + (k - 1), last, std::greater<>());
+    threshold = scratch[k - 1];
+    equal = k - std::count_if(first, last, [&](Key key) { return key > threshold; });
+  }
+  for (int64_t i = 0; i < n; ++i) roles[i] = keys[i] > threshold ? role : roles[i];
+  for (int64_t i = 0; equal > 0; ++i)
+    if (keys[i] == threshold) roles[i] = role, --equal;
+}
+
+// Calls visit(neighbour) for every neighbour of token i within its frame.
+template <class Visit>
+void for_each_neighbor(const Image& image, const Options& options, int64_t i, Visit visit) {
+  const int64_t frame = image.height * image.width, first = i - i % frame, last = first + frame - 1;
+  const int64_t row = (i - first) / image.width, column = (i - first) % image.width;
+  for (int64_t step = 0; step < options.neighbors; ++step) {
+    const int64_t dy = kSteps[step][0], dx = kSteps[step][1], index = i + dy * image.width + dx;
+    if (options.rule == Rule::kOfficial) {
+      visit(std::clamp(index, first, last));
+    } else if (options.rule == Rule::kPaper) {
+      if (index >= first && index <= last) visit(index);
+    } else if (row + dy >= 0 && row + dy < image.height && column + dx >= 0 && column + dx < image.width) {
+      visit(index);
+    }
+  }
+}
+
+// A row of scores or mask entries: element i at data[i * stride].
+template <class T>
+struct Row {
+  const T* data;
+  int64_t stride;
+  T operator[](int64_t i) const { return data[i * stride]; }
+};
+
+template <class Score>
+void select_image(const Image& image, const Options& options, Row<Score> object, Row<Score> deep, Row<bool> mask,
+                  uint8_t* roles) {
+  using Key = decltype(key_of(Score{}));
+  const int64_t n = image.count();
+  const auto eligible = [&](int64_t i) { return !mask.data || mask[i]; };
+  const auto kept = [&] { return n - std::count(roles, roles + n, uint8_t{kDropped}); };
+  std::vector<Key> keys(n), scratch(n);
+  std::fill(roles, roles + n, kDropped);
+
+  for (int64_t i = 0; i < n; ++i) keys[i] = eligible(i) ? key_of(object[i]) : 0;
+  take_best(keys, anchor_count(image.budget, options), kAnchor, roles, scratch);
+  if (options.buffers) {
+    for (int64_t i = 0; i < n; ++i)
+      if (roles[i] == kAnchor)
+        for_each_neighbor(image, options, i, [&](int64_t j) {
+          if (roles[j] == kDropped && eligible(j)) roles[j] = kBuffer;
+        });
+    int64_t excess = kept() - image.budget;  // too many (official rule): the highest indices go
+    for (int64_t i = n - 1; excess > 0; --i)
+      if (roles[i] == kBuffer) roles[i] = kDropped, --excess;
+  }
+
+  const int64_t rest = image.budget - kept();
+  if (!options.registers) {
+    for (int64_t i = 0; i < n; ++i) keys[i] = roles[i] == kDropped ? keys[i] : 0;
+    take_best(keys, rest, kAnchor, roles, scratch);
+  } else if (options.rule == Rule::kOfficial) {  // taken tokens lose 1 but stay in the race, as in the released code
+    for (int64_t i = 0; i < n; ++i)
+      keys[i] = eligible(i) ? key_of<Score>(deep[i] - (roles[i] == kDropped ? Score{0} : Score{1})) : 0;
+    std::vector<uint8_t> winners(n, kDropped);
+    take_best(keys, rest, kRegister, winners.data(), scratch);
+    for (int64_t i = 0; i < n; ++i) roles[i] = roles[i] == kDropped ? winners[i] : roles[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) keys[i] = roles[i] == kDropped && eligible(i) ? key_of(deep[i]) : 0;
+    take_best(keys, rest, kRegister, roles, scratch);
+  }
+}
+
+// at::parallel_for, without its cost where there is nothing to share out.
+template <class Body>
+void parallel_over(int64_t count, int64_t grain, const Body& body) {
+  if (count <= grain) return body(0, count);
+  torch::stable::parallel_for(0, count, grain, body);
+}
+
+// Where the images of a batch or of a packed sequence lie.
+class Layout {
+ public:
+  Layout(const Tensor& scores, const std::vector<int64_t>& grids, const std::vector<int64_t>& budgets, int64_t prefix)
+      : dense_(scores.dim() == 2), prefix_(prefix), images_(dense_ ? scores.size(0) : int64_t(budgets.size())) {
+    STD_TORCH_CHECK(grids.size() == 3 * budgets.size() && (!dense_ || budgets.size() == 1),
+                    "grids, budgets: expected t, h, w and one budget for each image, got ", grids.size(), " and ",
+                    budgets.size(), " numbers");
+    for (size_t b = 0; b < budgets.size(); ++b) {
+      const Image image{grids[3 * b], grids[3 * b + 1], grids[3 * b + 2], budgets[b]};
+      STD_TORCH_CHECK(image.frames > 0 && image.height > 0 && image.width > 0 && image.budget > 0 &&
+                          image.budget <= image.count(),
+                      "budgets: expected 1..", image.count(), ", got ", image.budget);
+      shapes_.push_back(image);
+      token_start_.push_back(token_start_.back() + image.count());
+      row_start_.push_back(row_start_.back() + image.budget);
+    }
+    const int64_t columns = scores.size(dense_ ? 1 : 0), expected = token_start_.back() + (dense_ ? prefix : 0);
+    STD_TORCH_CHECK(columns == expected, "object_scores: expected ", expected, " columns, got ", columns);
+  }
+
+  int64_t images() const { return images_; }
+  const Image& image(int64_t b) const { return shapes_[dense_ ? 0 : b]; }
+  int64_t first_token(int64_t b) const { return dense_ ? b * token_start_[1] : token_start_[b]; }  // in roles
+  int64_t first_row(int64_t b) const { return dense_ ? b * row_start_[1] : row_start_[b]; }        // in indices, kept
+  int64_t rows() const { return dense_ ? images_ * row_start_[1] : row_start_.back(); }
+  int64_t index_base(int64_t b) const { return dense_ ? 0 : token_start_[b]; }
+  std::vector<int64_t> tokens_shape() const { return shape(token_start_); }
+  std::vector<int64_t> rows_shape() const { return shape(row_start_); }
+
+  // The scores (with prefix columns to skip) or mask of image b.
+  template <class T>
+  Row<T> row(const Tensor& t, int64_t b, int64_t prefix) const {
+    const auto* data = static_cast<const T*>(t.data_ptr());
+    if (dense_) return {data + b * t.stride(0) + prefix * t.stride(1), t.stride(1)};
+    return {data + token_start_[b] * t.stride(0), t.stride(0)};
+  }
+
+  // Offset of the feature row that row r of `kept` copies.
+  int64_t feature_offset(const Tensor& features, int64_t r, int64_t index) const {
+    if (!dense_) return index * features.stride(0);
+    return (r / row_start_[1]) * features.stride(0) + (index + prefix_) * features.stride(1);
+  }
+
+ private:
+  std::vector<int64_t> shape(const std::vector<int64_t>& starts) const {
+    return dense_ ? std::vector<int64_t>{images_, starts[1]} : std::vector<int64_t>{starts.back()};
+  }
+
+  bool dense_;
+  int64_t prefix_, images_;
+  std::vector<Image> shapes_;
+  std::vector<int64_t> token_start_{0}, row_start_{0};
+};
+
+template <class Score>
+void select_images(const Layout& layout, const Options& options, const Tensor& object_scores, const Tensor& deep_scores,
+                   const std::optional<Tensor>& candidate_mask, int64_t prefix, Tensor& indices, Tensor& roles) {
+  parallel_over(layout.images(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t count = layout.image(b).count(), base = layout.index_base(b);
+      auto* role = static_cast<uint8_t*>(roles.data_ptr()) + layout.first_token(b);
+      auto* index = static_cast<int64_t*>(indices.data_ptr()) + layout.first_row(b);
+      select_image<Score>(layout.image(b), options, layout.row<Score>(object_scores, b, prefix),
+                          layout.row<Score>(deep_scores, b, prefix),
+                          candidate_mask ? layout.row<bool>(*candidate_mask, b, 0) : Row<bool>{nullptr, 0}, role);
+      int64_t j = 0;
+      for (int64_t i = 0; i < count; ++i)
+        if (role[i] != kDropped) index[j++] = base + i;
+      std::fill(index + j, index + layout.image(b).budget, int64_t{-1});
+    }
+  });
+}
+
+Tensor gather_rows(const Layout& layout, const Tensor& features, const Tensor& indices) {
+  const int64_t channels = features.size(features.dim() - 1);
+  const bool contiguous = features.stride(features.dim() - 1) == 1 || channels <= 1;
+  const Tensor source = contiguous ? features : torch::stable::contiguous(features);
+  std::vector<int64_t> shape = layout.rows_shape();
+  shape.push_back(channels);
+  Tensor kept = torch::stable::empty(shape, features.scalar_type());
+  const int64_t element = static_cast<int64_t>(features.element_size()), bytes = channels * element;
+  const auto* index = static_cast<const int64_t*>(indices.data_ptr());
+  const auto* from = static_cast<const char*>(source.data_ptr());
+  auto* to = static_cast<char*>(kept.data_ptr());
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1));  // 256 KiB a task
+  parallel_over(layout.rows(), grain, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (index[r] < 0)
+        std::memset(to + r * bytes, 0, bytes);
+      else
+        std::memcpy(to + r * bytes, from + layout.feature_offset(source, r, index[r]) * element, bytes);
+    }
+  });
+  return kept;
+}
+
+// hiprune::select_tokens: indices [B, budget] or [sum(budgets)], roles [B, N] or [T].
+std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_scores, std::optional<Tensor> candidate_mask,
+                                         std::vector<int64_t> grids, std::vector<int64_t> budgets,
+                                         int64_t num_prefix_tokens, double alpha, std::string rule,
+                                         std::string neighborhood, std::vector<std::string> keep_roles) {
+  const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
+  const Options options = parse_options(alpha, rule, neighborhood, keep_roles);
+  Tensor indices = torch::stable::empty(layout.rows_shape(), ScalarType::Long);
+  Tensor roles = torch::stable::empty(layout.tokens_shape(), ScalarType::Byte);
+  const ScalarType dtype = object_scores.scalar_type();
+  if (dtype == ScalarType::Double) {
+    select_images<double>(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens, indices, roles);
+  } else {
+    const auto as_float = [](const Tensor& t) {
+      return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+    };
+    select_images<float>(layout, options, as_float(object_scores), as_float(deep_scores), candidate_mask,
+                         num_prefix_tokens, indices, roles);
+  }
+  return {indices, roles};
+}
+
+// hiprune::prune_tokens: kept rows [B, budget, C] or [sum(budgets), C], then as select_tokens.
+std::tuple<Tensor, Tensor, Tensor> prune_tokens(Tensor features, Tensor object_scores, Tensor deep_scores,
+                                                std::optional<Tensor> candidate_mask, std::vector<int64_t> grids,
+                                                std::vector<int64_t> budgets, int64_t num_prefix_tokens, double alpha,
+                                                std::string rule, std::string neighborhood,
+                                                std::vector<std::string> keep_roles) {
+  const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
+  auto [indices, roles] = select_tokens(object_scores, deep_scores, candidate_mask, std::move(grids), std::move(budgets),
+                                        num_prefix_tokens, alpha, std::move(rule), std::move(neighborhood),
+                                        std::move(keep_roles));
+  return {gather_rows(layout, features, indices), indices, roles};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(hiprune, CPU, m) {  // schemas: hiprune_kernels/ops/selection.py
+  m.impl("select_tokens", TORCH_BOX(&select_tokens));
+  m.impl("prune_tokens", TORCH_BOX(&prune_tokens));
+}

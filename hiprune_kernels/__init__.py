@@ -1,0 +1,62 @@
+"""HiPrune visual-token pruning at fused-attention speed.
+
+Column-sum attention scores computed inside the vision encoder's attention, one fused selection, and load-time patching
+of Hugging Face models. Importing this loads neither transformers nor PIL, and touches no GPU.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from .ops import (
+    attention_scores,
+    attention_scores_per_head,
+    attention_scores_per_head_varlen,
+    attention_scores_varlen,
+    attention_with_scores,
+    attention_with_scores_varlen,
+    check_inputs,
+    prune_tokens,
+    prune_tokens_varlen,
+    select_tokens,
+    select_tokens_varlen,
+)
+
+if TYPE_CHECKING:
+    from .patch import apply_hiprune, hiprune, is_patched, last_selection, record_scores, remove_hiprune
+
+__version__ = "0.1.0"
+
+_FROM_PATCH = ("apply_hiprune", "hiprune", "is_patched", "last_selection", "record_scores", "remove_hiprune")
+
+__all__ = [
+    "apply_hiprune",
+    "attention_scores",
+    "attention_scores_per_head",
+    "attention_scores_per_head_varlen",
+    "attention_scores_varlen",
+    "attention_with_scores",
+    "attention_with_scores_varlen",
+    "check_inputs",
+    "hiprune",
+    "is_patched",
+    "last_selection",
+    "prune_tokens",
+    "prune_tokens_varlen",
+    "record_scores",
+    "remove_hiprune",
+    "select_tokens",
+    "select_tokens_varlen",
+]
+
+
+def __getattr__(name: str):
+    # Patching imports transformers, which takes seconds: only those who use it wait for it.
+    if name in _FROM_PATCH:
+        return getattr(importlib.import_module(".patch", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,95 @@
+"""How many tokens of which kind are kept: plain integer arithmetic, from sizes alone (no torch, no data).
+
+A serving engine can call these before it has encoded anything, to lay out the placeholders of a prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+RULES = ("paper", "official", "official_qwen", "grid")
+CLUSTER_SIZES = {"cross": 5, "square": 9, "row": 3, "none": 1}  # an anchor and its neighbours
+ROLE_NAMES = ("anchor", "buffer", "register")
+
+
+def resolve_budget(num_tokens: int, *, budget: int | None = None, retention: float | None = None) -> int:
+    """Number of visual tokens kept out of ``num_tokens``.
+
+    Args:
+        num_tokens: tokens of the image, at least 1.
+        budget: tokens to keep; a budget above ``num_tokens`` keeps all of them.
+        retention: share to keep, in (0, 1]; ``max(1, round(num_tokens * retention))`` tokens survive.
+
+    Returns:
+        The number of tokens kept, in 1..num_tokens.
+
+    Raises:
+        ValueError: if not exactly one of ``budget`` and ``retention`` is given, or it is out of range.
+        TypeError: if ``budget`` is not an integer or ``retention`` not a number.
+
+    Example:
+        >>> resolve_budget(576, budget=192), resolve_budget(576, retention=1 / 9)
+        (192, 64)
+    """
+    if (budget is None) == (retention is None):
+        raise ValueError(f"expected exactly one of budget and retention, got budget={budget}, retention={retention}")
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+    if budget is not None:
+        if isinstance(budget, bool) or not isinstance(budget, int):
+            raise TypeError(f"budget: expected an int, got {type(budget).__name__}")
+        if budget < 1:
+            raise ValueError(f"budget: expected at least 1, got {budget}")
+        return min(budget, num_tokens)
+    if isinstance(retention, bool) or not isinstance(retention, (int, float)):
+        raise TypeError(f"retention: expected a float, got {type(retention).__name__}")
+    if not 0.0 < retention <= 1.0:
+        raise ValueError(f"retention: expected a share in (0, 1], got {retention}")
+    return max(1, round(num_tokens * retention))
+
+
+def check_selection_options(alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> None:
+    """Raise ValueError, naming the argument, unless these options of a selection are valid."""
+    if not 0.0 <= alpha <= 1.0:  # also catches NaN
+        raise ValueError(f"alpha: expected a share in [0, 1], got {alpha}")
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
+    if neighborhood not in CLUSTER_SIZES:
+        raise ValueError(f"neighborhood: expected one of {tuple(CLUSTER_SIZES)}, got {neighborhood!r}")
+    if keep_roles is ROLE_NAMES:
+        return
+    roles = set(keep_roles)
+    if isinstance(keep_roles, str) or not roles or not roles <= set(ROLE_NAMES) or len(roles) != len(keep_roles):
+        raise ValueError(f"keep_roles: expected a non-empty choice of {ROLE_NAMES}, each once, got {keep_roles!r}")
+    if "buffer" in roles and "anchor" not in roles:
+        raise ValueError(f'keep_roles: "buffer" needs "anchor" (buffers surround anchors), got {keep_roles!r}')
+
+
+def anchor_count(
+    budget: int,
+    *,
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> int:
+    """Number of anchors N_a for a budget of N' tokens (section "Pruning Pipeline" and table 5 of the paper).
+
+    With cluster size c: ``ceil(alpha N' / c)``, at most ``N' // c`` (rules "paper" and "grid"), or
+    ``round(alpha N' / c)``, half to even, unlimited (rules "official" and "official_qwen", as in the authors' released
+    code). Without registers alpha acts as 1; without anchors there are none; without buffers N_a stays what it is with
+    them.
+
+    Example:
+        >>> anchor_count(192), anchor_count(64, rule="official"), anchor_count(192, alpha=1.0)
+        (4, 1, 38)
+    """
+    if "anchor" not in keep_roles:
+        return 0
+    cluster = CLUSTER_SIZES[neighborhood]
+    share = (alpha if "register" in keep_roles else 1.0) * budget / cluster
+    if rule in ("official", "official_qwen"):
+        return round(share)
+    # 0.07 * 100 is 7.000000000000001 in floating point: noise of that size must not add an anchor.
+    return min(math.ceil(share - 1e-9), budget // cluster)

@@ -1,0 +1,29 @@
+"""The public operators. Each one checks metadata and calls `torch.ops.hiprune.*`, which dispatches on the device."""
+
+from .attention import (
+    attention_scores,
+    attention_scores_per_head,
+    attention_scores_per_head_varlen,
+    attention_scores_varlen,
+    attention_with_scores,
+    attention_with_scores_varlen,
+)
+from .inputs import check_inputs
+from .library import KernelStatus, kernel_status
+from .selection import prune_tokens, prune_tokens_varlen, select_tokens, select_tokens_varlen
+
+__all__ = [
+    "KernelStatus",
+    "attention_scores",
+    "attention_scores_per_head",
+    "attention_scores_per_head_varlen",
+    "attention_scores_varlen",
+    "attention_with_scores",
+    "attention_with_scores_varlen",
+    "check_inputs",
+    "kernel_status",
+    "prune_tokens",
+    "prune_tokens_varlen",
+    "select_tokens",
+    "select_tokens_varlen",
+]

@@ -1,0 +1,60 @@
+"""The `torch.ops.hiprune` library, the C++ CPU kernels behind it, and what is active where."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import warnings
+from typing import NamedTuple
+
+import torch
+
+library = torch.library.Library("hiprune", "FRAGMENT")
+
+# Importing the module registers the private `hiprune::_cpu_*` operators. It is absent from a pure-Python install; where
+# it is present and does not load, the ImportError is the user's to see.
+CPU_KERNELS = importlib.util.find_spec("hiprune_kernels._C") is not None
+if CPU_KERNELS:
+    import hiprune_kernels._C  # noqa: F401
+
+NO_CPU_KERNELS = "the C++ kernels were not built (install with torch present and --no-build-isolation)"
+
+
+@functools.cache
+def warn_without_cpu_kernels() -> None:
+    """Say once per process that CPU calls go to the slower PyTorch reference."""
+    warnings.warn(f"hiprune_kernels: {NO_CPU_KERNELS}; CPU calls use the PyTorch reference", stacklevel=3)
+
+
+class KernelStatus(NamedTuple):
+    """What serves one family of operators on one device."""
+
+    device: str
+    operators: str
+    implementation: str
+    reason: str  # why not something faster; empty when the best there is, is active
+
+
+_INSTRUCTION_SETS = ("baseline", "AVX2", "AVX-512", "AVX-512 with BF16")
+
+
+def kernel_status() -> list[KernelStatus]:
+    """What `hiprune info` prints: which implementation serves which operators on which device, and why.
+
+    Example:
+        >>> kernel_status()[0].device
+        'cpu'
+    """
+    status = []
+    if CPU_KERNELS:
+        best = _INSTRUCTION_SETS[torch.ops.hiprune._cpu_instruction_sets().bit_length() - 1]
+        status.append(KernelStatus("cpu", "attention", f"C++ ({best})", ""))
+        status.append(KernelStatus("cpu", "selection", "C++", ""))
+    else:
+        status += [KernelStatus("cpu", family, "PyTorch", NO_CPU_KERNELS) for family in ("attention", "selection")]
+    if torch.cuda.is_available():
+        status += [
+            KernelStatus("cuda", family, "PyTorch", "this version has no GPU kernels")
+            for family in ("attention", "selection")
+        ]
+    return status

@@ -1,0 +1,325 @@
+"""Token selection: anchors, buffers, registers, and the gather of their rows.
+
+From here to the kernel: `prune_tokens` -> `torch.ops.hiprune.prune_tokens` -> csrc/selection.cpp, which covers every
+CPU call; devices without a kernel go to `hiprune_kernels.reference`. The operators take one grid and one budget per
+packed image; two-dimensional scores are a batch that shares both.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..budget import ROLE_NAMES, check_selection_options
+from .checks import check_budget, check_floating, check_grid, check_like, check_mask, check_shape, check_tensor
+from .library import library, warn_without_cpu_kernels
+
+# ---------------------------------------------------------------------------------------------- public functions
+
+
+def select_tokens(
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    budget: int,
+    alpha: float = 0.1,
+    grid: Sequence[int],
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    num_prefix_tokens: int = 0,
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor]:
+    """Choose the visual tokens that HiPrune keeps (Eq. 4 to 7 and Algorithm 1 of the paper).
+
+    *Anchors* are the best tokens by object score, *buffers* their neighbours on the grid, *registers* the best of the
+    others by deep score, until `budget` tokens are kept. Equal scores: the lowest index wins. NaN scores rank last.
+
+    Args:
+        object_scores: [B, P + N] column scores of the object layer, floating point; P = `num_prefix_tokens`.
+        deep_scores: [B, P + N] column scores of the deep layer.
+        budget: tokens kept per image, N' in 1..N.
+        alpha: share of the budget given to anchors and buffers, in [0, 1].
+        grid: (h, w), or (t, h, w) for video (neighbours within a frame), with product N, in raster order.
+        rule: "paper"; "official", the authors' released LLaVA code, made for column *means* over the queries;
+            "official_qwen", their Qwen code: the same on column sums, where a kept token can be picked again and fewer
+            than `budget` survive; "grid": as "paper", with neighbours that never leave the grid or wrap over row ends.
+        neighborhood: "cross" (4 neighbours), "square" (8), "row" (2) or "none".
+        num_prefix_tokens: leading columns (CLS, register tokens) that are no candidates.
+        candidate_mask: [B, N] bool, False takes a token out (padding, say).
+        keep_roles: which kinds to use, of ("anchor", "buffer", "register"). Without "register", alpha acts as 1 and the
+            best remaining object scores fill the budget as anchors.
+
+    Returns:
+        indices: [B, budget] int64, ascending, counting candidates (prefix excluded). Where fewer tokens survive
+            ("official_qwen", or a `candidate_mask` with fewer candidates than the budget), -1 fills the end.
+        roles: [B, N] uint8: 0 dropped, 1 anchor, 2 buffer, 3 register.
+        Neither is differentiable.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> scores = torch.rand(1, 577)
+        >>> indices, roles = select_tokens(scores, scores, budget=192, grid=(24, 24), num_prefix_tokens=1)
+        >>> indices.shape, int((roles == 1).sum())
+        (torch.Size([1, 192]), 4)
+    """
+    grid = _check_dense(
+        object_scores,
+        deep_scores,
+        budget,
+        alpha,
+        grid,
+        rule,
+        neighborhood,
+        num_prefix_tokens,
+        candidate_mask,
+        keep_roles,
+    )
+    images = (candidate_mask, grid, [budget], num_prefix_tokens)
+    options = (alpha, rule, neighborhood, keep_roles)
+    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, *images, *options)
+
+
+def prune_tokens(
+    features: Tensor,
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    budget: int,
+    alpha: float = 0.1,
+    grid: Sequence[int],
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    num_prefix_tokens: int = 0,
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_tokens` and the kept rows of `features` (Eq. 8), in one kernel.
+
+    Args:
+        features: [B, P + N, C], any dtype; the P prefix rows are skipped, never kept.
+        object_scores, deep_scores, and every option: as in `select_tokens`.
+
+    Returns:
+        kept: [B, budget, C], differentiable in `features`; zero rows where an index is -1.
+        indices, roles: as in `select_tokens`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> scores, features = torch.rand(1, 576), torch.randn(1, 576, 1024)
+        >>> kept, indices, roles = prune_tokens(features, scores, scores, budget=64, grid=(24, 24))
+        >>> torch.equal(kept[0], features[0, indices[0]])
+        True
+    """
+    grid = _check_dense(
+        object_scores,
+        deep_scores,
+        budget,
+        alpha,
+        grid,
+        rule,
+        neighborhood,
+        num_prefix_tokens,
+        candidate_mask,
+        keep_roles,
+    )
+    _check_features(features, "B P+N C", object_scores)
+    images = (candidate_mask, grid, [budget], num_prefix_tokens)
+    options = (alpha, rule, neighborhood, keep_roles)
+    return _prune(features, num_prefix_tokens, object_scores, deep_scores, *images, *options)
+
+
+def select_tokens_varlen(
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    grids: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor]:
+    """`select_tokens` for images of different sizes packed one behind the other, each with its own grid and budget.
+
+    Args:
+        object_scores, deep_scores: [T] column scores, T the sum of the grids' products; candidates only, no prefix.
+        grids: one (h, w) or (t, h, w) per image (host data).
+        budgets: one number of kept tokens per image (host data), each in 1..its N.
+        alpha, rule, neighborhood, keep_roles: as in `select_tokens`.
+        candidate_mask: [T] bool.
+
+    Returns:
+        indices: [sum(budgets)] int64 positions in the packed sequence, ascending, ready for `features[indices]`; -1 at
+            the end of an image's part where fewer survive.
+        roles: [T] uint8.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> scores = torch.rand(12 * 16 + 8 * 8)
+        >>> indices, roles = select_tokens_varlen(scores, scores, grids=[(12, 16), (8, 8)], budgets=[64, 21])
+        >>> indices.shape
+        torch.Size([85])
+    """
+    grids, budgets = _check_packed(
+        object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
+    )
+    images = (candidate_mask, grids, budgets, 0)
+    options = (alpha, rule, neighborhood, keep_roles)
+    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, *images, *options)
+
+
+def prune_tokens_varlen(
+    features: Tensor,
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    grids: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_tokens_varlen` and the kept rows of the packed `features`, in one kernel.
+
+    Args:
+        features: [T, C], any dtype.
+        object_scores, deep_scores, and every option: as in `select_tokens_varlen`.
+
+    Returns:
+        kept: [sum(budgets), C], differentiable in `features`; zero rows where an index is -1.
+        indices, roles: as in `select_tokens_varlen`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> scores, features = torch.rand(100), torch.randn(100, 32)
+        >>> kept, indices, _ = prune_tokens_varlen(features, scores, scores, grids=[(6, 6), (8, 8)], budgets=[9, 16])
+        >>> torch.equal(kept, features[indices])
+        True
+    """
+    grids, budgets = _check_packed(
+        object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
+    )
+    _check_features(features, "T C", object_scores)
+    images = (candidate_mask, grids, budgets, 0)
+    options = (alpha, rule, neighborhood, keep_roles)
+    return _prune(features, 0, object_scores, deep_scores, *images, *options)
+
+
+def _prune(features: Tensor, num_prefix_tokens: int, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+    if features.requires_grad and torch.is_grad_enabled():
+        # The fused operator has no backward (one in Python would cost more than the kernel); PyTorch's own gather has.
+        indices, roles = torch.ops.hiprune.select_tokens.default(*arguments)
+        return reference.gather_rows(features[..., num_prefix_tokens:, :], indices), indices, roles
+    return torch.ops.hiprune.prune_tokens.default(features, *arguments)
+
+
+# -------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_prefix_tokens: int, count: int) -> None:
+    check_tensor("object_scores", object_scores, dims)
+    check_floating("object_scores", object_scores)
+    shape = object_scores.shape
+    if shape[-1] != num_prefix_tokens + count:
+        raise ValueError(
+            f"object_scores: expected {num_prefix_tokens + count} columns (prefix and grid), got shape {tuple(shape)}"
+        )
+    check_shape("deep_scores", deep_scores, dims, shape)
+    check_like("deep_scores", deep_scores, "object_scores", object_scores)
+    if candidate_mask is not None:
+        shape = (*shape[:-1], count)
+        check_mask("candidate_mask", candidate_mask, "B N" if len(shape) == 2 else "T", shape, "scores", object_scores)
+
+
+def _check_features(features, dims: str, object_scores) -> None:
+    check_tensor("features", features, dims)
+    check_shape("features", features, dims, (*object_scores.shape, features.shape[-1]))
+    check_like("features", features, "object_scores", object_scores, dtype=False)
+
+
+def _check_dense(
+    object_scores, deep_scores, budget, alpha, grid, rule, neighborhood, num_prefix_tokens, candidate_mask, keep_roles
+) -> list[int]:
+    check_selection_options(alpha, rule, neighborhood, keep_roles)
+    grid = check_grid("grid", grid)
+    check_budget("budget", budget, grid)
+    if type(num_prefix_tokens) is not int or num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens: expected an int, at least 0, got {num_prefix_tokens!r}")
+    _check_scores(object_scores, deep_scores, candidate_mask, "B P+N", num_prefix_tokens, math.prod(grid))
+    return grid
+
+
+def _check_packed(object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles):
+    check_selection_options(alpha, rule, neighborhood, keep_roles)
+    grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
+    budgets = list(budgets)
+    if len(budgets) != len(grids):
+        raise ValueError(f"budgets: expected {len(grids)}, one per grid, got {len(budgets)}")
+    for i, (budget, grid) in enumerate(zip(budgets, grids)):
+        check_budget(f"budgets[{i}]", budget, grid)
+    _check_scores(object_scores, deep_scores, candidate_mask, "T", 0, sum(map(math.prod, grids)))
+    return [side for grid in grids for side in grid], budgets
+
+
+# ------------------------------------------------------------------------------------------------------ dispatch
+
+# csrc/selection.cpp serves both on CPUs, whole (no Python in between: the kernel takes microseconds).
+_ARGUMENTS = (
+    "Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] grids, int[] budgets, "
+    "int num_prefix_tokens, float alpha, str rule, str neighborhood, str[] keep_roles"  # grids: t, h, w of each image
+)
+library.define(f"select_tokens({_ARGUMENTS}) -> (Tensor indices, Tensor roles)")
+library.define(f"prune_tokens(Tensor features, {_ARGUMENTS}) -> (Tensor kept, Tensor indices, Tensor roles)")
+
+
+def _reference_arguments(
+    object_scores, candidate_mask, grids, budgets, num_prefix_tokens, alpha, rule, neighborhood, keep_roles
+) -> dict:
+    if object_scores.device.type == "cpu":
+        warn_without_cpu_kernels()
+    options = {"alpha": alpha, "rule": rule, "neighborhood": neighborhood, "keep_roles": keep_roles}
+    options["candidate_mask"] = candidate_mask
+    if object_scores.dim() == 2:
+        return {"grid": grids, "budget": budgets[0], "num_prefix_tokens": num_prefix_tokens, **options}
+    return {"grids": [grids[i : i + 3] for i in range(0, len(grids), 3)], "budgets": budgets, **options}
+
+
+@torch.library.impl(library, "select_tokens", "CompositeExplicitAutograd")
+def _select_reference(object_scores, deep_scores, *arguments):
+    select = reference.select_tokens if object_scores.dim() == 2 else reference.select_tokens_varlen
+    return select(object_scores, deep_scores, **_reference_arguments(object_scores, *arguments))
+
+
+@torch.library.impl(library, "prune_tokens", "CompositeExplicitAutograd")
+def _prune_reference(features, object_scores, deep_scores, *arguments):
+    prune = reference.prune_tokens if object_scores.dim() == 2 else reference.prune_tokens_varlen
+    return prune(features, object_scores, deep_scores, **_reference_arguments(object_scores, *arguments))
+
+
+@torch.library.register_fake("hiprune::select_tokens", lib=library)
+def _select_fake(object_scores, deep_scores, candidate_mask, grids, budgets, num_prefix_tokens, *_):
+    lead, tokens = object_scores.shape[:-1], object_scores.shape[-1] - num_prefix_tokens
+    indices = object_scores.new_empty(*lead, sum(budgets), dtype=torch.int64)
+    return indices, object_scores.new_empty(*lead, tokens, dtype=torch.uint8)
+
+
+@torch.library.register_fake("hiprune::prune_tokens", lib=library)
+def _prune_fake(features, *arguments):
+    indices, roles = _select_fake(*arguments)
+    return features.new_empty(*indices.shape, features.shape[-1]), indices, roles

@@ -1,0 +1,403 @@
+"""Every operator in plain PyTorch: the specification, the test oracle, and the path for what no kernel covers.
+
+Attention matrices are formed whole here, in float32 (float64 for float64 inputs); the fused kernels give the same
+numbers without them. Equations are those of "HiPrune: Training-Free Visual Token Pruning via Hierarchical Attention in
+Vision-Language Models" (Liu et al.). Arguments are documented at the public functions of the same names in
+`hiprune_kernels.ops`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .budget import ROLE_NAMES, anchor_count
+
+DROPPED, ANCHOR, BUFFER, REGISTER = range(4)  # values of `roles`
+
+# (row, column) steps from an anchor to its neighbours
+_ROW = ((0, -1), (0, 1))
+_CROSS = (*_ROW, (-1, 0), (1, 0))
+NEIGHBORS = {"none": (), "row": _ROW, "cross": _CROSS, "square": (*_CROSS, (-1, -1), (-1, 1), (1, -1), (1, 1))}
+
+
+# ---------------------------------------------------------------------------------------------------- attention scores
+
+
+def visible_keys(query: Tensor, key: Tensor, causal: bool, key_mask: Tensor | None) -> Tensor:
+    """Which key n query m may see: bool [B or 1, 1, M, N]. Causal attention is right-aligned: n <= m + N - M."""
+    M, N = query.shape[2], key.shape[2]
+    visible = torch.ones(1, 1, M, N, dtype=torch.bool, device=query.device)
+    if causal:
+        visible = visible.tril(N - M)
+    return visible if key_mask is None else visible & key_mask[:, None, None, :]
+
+
+def attention_probabilities(
+    query: Tensor, key: Tensor, *, scale: float | None = None, causal: bool = False, key_mask: Tensor | None = None
+) -> Tensor:
+    """A = softmax(scale Q K^T) (Eq. 1), [B, Hq, M, N]; the row of a query that sees no key is zero."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    key = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, Hq, N, D]
+    logits = query.to(dtype) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    visible = visible_keys(query, key, causal, key_mask)
+    probabilities = logits.masked_fill(~visible, -math.inf).softmax(dim=-1)
+    return probabilities.masked_fill(~visible.any(dim=-1, keepdim=True), 0.0)
+
+
+def counted_queries(
+    query: Tensor, key: Tensor, causal: bool, key_mask: Tensor | None, query_mask: Tensor | None
+) -> Tensor:
+    """How many counted queries may see each key, the divisor of the "mean" over queries: [B or 1, 1, N], at least 1."""
+    visible = visible_keys(query, key, causal, key_mask)
+    if query_mask is not None:
+        visible = visible & query_mask[:, None, :, None]
+    return visible.sum(dim=2).clamp(min=1)
+
+
+def _reduce_queries(
+    rows: Tensor,  # [B, H or 1, M, N]
+    reduction: str,
+    query: Tensor,
+    key: Tensor,
+    causal: bool,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> Tensor:  # [B, H or 1, N]
+    if query_mask is not None:
+        rows = rows.masked_fill(~query_mask[:, None, :, None], 0.0)
+    if reduction == "max":
+        return rows.amax(dim=2) if rows.shape[2] else rows.sum(dim=2)
+    total = rows.sum(dim=2)
+    return total if reduction == "sum" else total / counted_queries(query, key, causal, key_mask, query_mask)
+
+
+def attention_scores_per_head(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_reduction: str = "sum",
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Tensor:
+    """a[b, h, n] = reduce over queries m of A[b, h, m, n]."""
+    probabilities = attention_probabilities(query, key, scale=scale, causal=causal, key_mask=key_mask)
+    return _reduce_queries(probabilities, query_reduction, query, key, causal, key_mask, query_mask)
+
+
+def attention_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    query_reduction: str = "sum",
+    head_reduction: str = "mean",
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Tensor:
+    """Eq. 2: a[b, n] = sum over queries m of the mean over heads h of A[b, h, m, n]. Heads are reduced first."""
+    probabilities = attention_probabilities(query, key, scale=scale, causal=causal, key_mask=key_mask)
+    over_heads = {"mean": Tensor.mean, "sum": Tensor.sum, "max": Tensor.amax}[head_reduction]
+    rows = over_heads(probabilities, dim=1, keepdim=True)  # [B, 1, M, N]
+    return _reduce_queries(rows, query_reduction, query, key, causal, key_mask, query_mask)[:, 0]
+
+
+def attention_with_scores(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """O = A V together with Eq. 2's column scores of the same A."""
+    probabilities = attention_probabilities(query, key, scale=scale, causal=causal, key_mask=key_mask)
+    value = value.to(probabilities.dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    output = (probabilities @ value).to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
+    rows = probabilities.mean(dim=1, keepdim=True)
+    return output, _reduce_queries(rows, "sum", query, key, causal, key_mask, query_mask)[:, 0]
+
+
+# ------------------------------------------------------------------------------------------ packed ("varlen") sequences
+
+
+def segments(cu_seqlens: Tensor, total: int, name: str) -> list[slice]:
+    """The segments that `cu_seqlens` [S + 1] cuts `total` rows into. Raises ValueError unless it does so exactly."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != total or any(a > b for a, b in itertools.pairwise(bounds)):
+        shown = str(bounds) if len(bounds) <= 12 else f"[{bounds[0]}, {bounds[1]}, ..., {bounds[-1]}]"
+        raise ValueError(f"{name}: expected to start at 0, never decrease and end at {total}, got {shown}")
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
+def _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
+    """Per segment: its query and key slices and the dense arguments [1, H, M, D], [1, H, N, D], key and query masks."""
+    cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
+    parts_q = segments(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
+    for q, k in zip(parts_q, segments(cu_seqlens_k, key.shape[0], "cu_seqlens_k")):
+        masks = {
+            "key_mask": None if key_mask is None else key_mask[None, k],
+            "query_mask": None if query_mask is None else query_mask[None, q],
+        }
+        yield q, k, query[None, q].transpose(1, 2), key[None, k].transpose(1, 2), masks
+
+
+def attention_scores_per_head_varlen(
+    query: Tensor,
+    key: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    query_reduction: str = "sum",
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Tensor:
+    """`attention_scores_per_head` of every segment by itself, side by side: [Hq, Tk]."""
+    scores = query.new_zeros(query.shape[1], key.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+    options = {"scale": scale, "causal": causal, "query_reduction": query_reduction}
+    for _, k, q_s, k_s, masks in _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
+        scores[:, k] = attention_scores_per_head(q_s, k_s, **options, **masks)[0]
+    return scores
+
+
+def attention_scores_varlen(
+    query: Tensor,
+    key: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    query_reduction: str = "sum",
+    head_reduction: str = "mean",
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> Tensor:
+    """`attention_scores` of every segment by itself, side by side: [Tk]."""
+    scores = query.new_zeros(key.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+    options = {"scale": scale, "causal": causal, "query_reduction": query_reduction, "head_reduction": head_reduction}
+    for _, k, q_s, k_s, masks in _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
+        scores[k] = attention_scores(q_s, k_s, **options, **masks)[0]
+    return scores
+
+
+def attention_with_scores_varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    scale: float | None = None,
+    causal: bool = False,
+    key_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention_with_scores` of every segment by itself: output [Tq, Hq, D], scores [Tk]."""
+    output = torch.zeros_like(query, memory_format=torch.contiguous_format)
+    scores = query.new_zeros(key.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
+    for q, k, q_s, k_s, masks in _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
+        v_s = value[None, k].transpose(1, 2)
+        o_s, scores[k] = (x[0] for x in attention_with_scores(q_s, k_s, v_s, scale=scale, causal=causal, **masks))
+        output[q] = o_s.transpose(0, 1)
+    return output, scores
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def _best_first(scores: Tensor, eligible: Tensor) -> Tensor:
+    """Indices of the eligible tokens, highest score first; equal scores by index; NaN behind everything."""
+    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
+    order = order[scores.isnan()[order].to(torch.uint8).argsort(stable=True)]
+    return order[eligible[order]]
+
+
+def _neighbors(anchors: Tensor, grid: Sequence[int], rule: str, neighborhood: str) -> Tensor:
+    """Indices of the anchors' neighbours within their frame, in any order, with repetitions (Eq. 5)."""
+    h, w = grid[-2:]
+    row, column = anchors % (h * w) // w, anchors % w
+    first = anchors - anchors % (h * w)  # of the anchor's frame
+    found = [anchors[:0]]
+    for dy, dx in NEIGHBORS[neighborhood]:
+        index = anchors + dy * w + dx
+        if rule == "grid":
+            inside = (row + dy >= 0) & (row + dy < h) & (column + dx >= 0) & (column + dx < w)
+        elif rule == "paper":
+            inside = (index >= first) & (index < first + h * w)
+        else:  # the released code clamps, so an anchor on the edge pulls in a corner
+            index = index.clamp(first, first + h * w - 1)
+            inside = torch.ones_like(index, dtype=torch.bool)
+        found.append(index[inside])
+    return torch.cat(found)
+
+
+def _roles_of_image(
+    object_scores: Tensor,  # [N]
+    deep_scores: Tensor,  # [N]
+    eligible: Tensor,  # [N] bool
+    grid: Sequence[int],
+    budget: int,
+    alpha: float,
+    rule: str,
+    neighborhood: str,
+    keep_roles: Sequence[str],
+) -> Tensor:
+    """Algorithm 1 for one image: uint8 [N]."""
+    roles = torch.zeros_like(object_scores, dtype=torch.uint8)
+    num_anchors = anchor_count(budget, alpha=alpha, rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
+    anchors = _best_first(object_scores, eligible)[:num_anchors]  # Eq. 4
+    roles[anchors] = ANCHOR
+    if "buffer" in keep_roles:
+        buffers = _neighbors(anchors, grid, rule, neighborhood).unique(sorted=True)
+        buffers = buffers[eligible[buffers] & (roles[buffers] == DROPPED)]
+        roles[buffers[: budget - len(anchors)]] = BUFFER  # too many (official rules): the highest indices go
+    taken = roles != DROPPED
+    rest = budget - int(taken.sum())
+    if "register" not in keep_roles:
+        roles[_best_first(object_scores, eligible & ~taken)[:rest]] = ANCHOR
+    elif rule in ("official", "official_qwen"):  # taken tokens lose 1 but stay in the race
+        registers = _best_first(deep_scores - taken.to(deep_scores.dtype), eligible)[:rest]
+        roles[registers[~taken[registers]]] = REGISTER
+    else:
+        roles[_best_first(deep_scores, eligible & ~taken)[:rest]] = REGISTER  # Eq. 6 and 7
+    return roles
+
+
+def _padded_indices(roles: Tensor, budget: int) -> Tensor:
+    """Ascending indices of the kept tokens, int64 [budget], -1 behind them where fewer survive."""
+    kept = roles.nonzero()[:, 0]
+    return torch.nn.functional.pad(kept, (0, budget - len(kept)), value=-1)
+
+
+def _float_scores(scores: Tensor) -> Tensor:
+    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def select_tokens(
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    budget: int,
+    alpha: float = 0.1,
+    grid: Sequence[int],
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    num_prefix_tokens: int = 0,
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor]:
+    """Anchors by object score, buffers around them, registers by deep score (Eq. 4 to 7)."""
+    objects = _float_scores(object_scores)[:, num_prefix_tokens:]
+    deeps = _float_scores(deep_scores)[:, num_prefix_tokens:]
+    eligible = torch.ones_like(objects, dtype=torch.bool) if candidate_mask is None else candidate_mask
+    roles = torch.zeros_like(objects, dtype=torch.uint8)
+    indices = roles.new_empty(len(roles), budget, dtype=torch.int64)
+    for b, image in enumerate(zip(objects, deeps, eligible)):
+        roles[b] = _roles_of_image(*image, grid, budget, alpha, rule, neighborhood, keep_roles)
+        indices[b] = _padded_indices(roles[b], budget)
+    return indices, roles
+
+
+def select_tokens_varlen(
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    grids: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor]:
+    """`select_tokens` of every image by itself; indices are positions in the packed sequence."""
+    objects, deeps = _float_scores(object_scores), _float_scores(deep_scores)
+    eligible = torch.ones_like(objects, dtype=torch.bool) if candidate_mask is None else candidate_mask
+    roles, indices, start = torch.zeros_like(objects, dtype=torch.uint8), [objects.new_empty(0, dtype=torch.int64)], 0
+    for grid, budget in zip(grids, budgets):
+        image = slice(start, start + math.prod(grid))
+        scores = (objects[image], deeps[image], eligible[image])
+        roles[image] = _roles_of_image(*scores, grid, budget, alpha, rule, neighborhood, keep_roles)
+        kept = _padded_indices(roles[image], budget)
+        indices.append(torch.where(kept < 0, kept, kept + start))
+        start = image.stop
+    return torch.cat(indices), roles
+
+
+def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
+    """Rows [..., K, C] of features [..., N, C] at indices [..., K]; zeros where the index is -1 (Eq. 8)."""
+    rows = features.gather(-2, indices.clamp(min=0)[..., None].expand(*indices.shape, features.shape[-1]))
+    return rows.masked_fill(indices[..., None] < 0, 0.0)
+
+
+def prune_tokens(
+    features: Tensor,
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    budget: int,
+    alpha: float = 0.1,
+    grid: Sequence[int],
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    num_prefix_tokens: int = 0,
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_tokens`, and the kept rows of the features (Eq. 8)."""
+    indices, roles = select_tokens(
+        object_scores,
+        deep_scores,
+        budget=budget,
+        alpha=alpha,
+        grid=grid,
+        rule=rule,
+        neighborhood=neighborhood,
+        num_prefix_tokens=num_prefix_tokens,
+        candidate_mask=candidate_mask,
+        keep_roles=keep_roles,
+    )
+    return gather_rows(features[:, num_prefix_tokens:], indices), indices, roles
+
+
+def prune_tokens_varlen(
+    features: Tensor,
+    object_scores: Tensor,
+    deep_scores: Tensor,
+    *,
+    grids: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    candidate_mask: Tensor | None = None,
+    keep_roles: Sequence[str] = ROLE_NAMES,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_tokens_varlen`, and the kept rows of the packed features."""
+    indices, roles = select_tokens_varlen(
+        object_scores,
+        deep_scores,
+        grids=grids,
+        budgets=budgets,
+        alpha=alpha,
+        rule=rule,
+        neighborhood=neighborhood,
+        candidate_mask=candidate_mask,
+        keep_roles=keep_roles,
+    )
+    return gather_rows(features, indices), indices, roles
