@@ -1,0 +1,239 @@
+"""Vision towers for the command line and the demo: from a checkpoint, or random at CLIP-L/14-336's real size."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
+
+from .patch.encoders import find_encoder
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLIP_L_14_336 = CLIPVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    projection_dim=768,
+)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision encoder in evaluation mode, and what is needed to feed it."""
+
+    encoder: CLIPVisionModel
+    processor: transformers.CLIPImageProcessor
+    name: str
+    random: bool  # no checkpoint was given: which tokens survive then means nothing
+    deep_layer: int  # 1-based; the layer whose output LLaVA takes as image features
+    remarks: tuple[str, ...]  # what a reader of the result should know
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        side = self.encoder.config.image_size // self.encoder.config.patch_size
+        return side, side
+
+    @property
+    def object_layer(self) -> int:
+        """1-based default, as `apply_hiprune` takes it: layer 9 of CLIP-L's 24, scaled to other depths."""
+        family, _, layers = find_encoder(self.encoder)
+        return min(max(1, round(family.object_share * len(layers))), self.deep_layer)
+
+    def overview_titles(self, object_layer: int, kept: int) -> tuple[str, str, str, str]:
+        return (
+            "what the model sees",
+            f"layer {object_layer} scores: anchors",
+            f"layer {self.deep_layer} scores: registers",
+            f"{kept} of {math.prod(self.grid)} tokens kept",
+        )
+
+    def pixel_values(self, image: Image) -> Tensor:
+        """[1, 3, H, W], resized, cropped and normalised, in the encoder's dtype and on its device."""
+        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        return pixels.to(device=self.encoder.device, dtype=self.encoder.dtype)
+
+    def seen_image(self, pixel_values: Tensor) -> Image:
+        """The picture that the encoder gets to see: `pixel_values` [1, 3, H, W] without their normalisation."""
+        from PIL import Image
+
+        std, mean = (torch.tensor(x).view(3, 1, 1) for x in (self.processor.image_std, self.processor.image_mean))
+        colors = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1) * 255
+        return Image.fromarray(colors.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+
+
+def load_tower(
+    source: str | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    seed: int = 0,
+    config: CLIPVisionConfig = CLIP_L_14_336,
+) -> Tower:
+    """The vision tower of a CLIP or LLaVA checkpoint, or a seeded random one.
+
+    Args:
+        source: local directory or hub id of a CLIP (vision) or LLaVA-1.5 checkpoint; of the latter only the tower is
+            loaded. None: random weights.
+        dtype: of the weights.
+        device: to put them on.
+        seed: of the random weights.
+        config: of the random tower.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another family, or its weights are incomplete.
+
+    Example:
+        >>> tower = load_tower()
+        >>> tower.encoder(tower.pixel_values(image)).last_hidden_state.shape
+        torch.Size([1, 577, 1024])
+    """
+    if source is None:
+        encoder, deep_layer = _random_encoder(config, seed), max(1, config.num_hidden_layers - 1)
+        name = f"a random CLIP vision tower of {config.num_hidden_layers} layers (seed {seed})"
+        processor, remarks = _default_processor(config), ()
+    else:
+        name = source
+        encoder, processor, deep_layer, remarks = _from_checkpoint(source)
+    encoder = encoder.eval().requires_grad_(False).to(device=device, dtype=dtype)
+    return Tower(encoder, processor, name, source is None, deep_layer, remarks)
+
+
+def queries_and_keys(
+    encoder: CLIPVisionModel, pixel_values: Tensor, layers: Sequence[int]
+) -> dict[int, tuple[Tensor, Tensor]]:
+    """Queries and keys [B, H, N, D] of some 1-based layers, from a forward of the stock modules."""
+    heads: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(layer: int):
+        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+            states = args[0] if args else kwargs["hidden_states"]
+            projected = (projection(states) for projection in (module.q_proj, module.k_proj))
+            heads[layer] = tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in projected)
+
+        return hook
+
+    with contextlib.ExitStack() as handles:
+        for layer in layers:
+            attention = encoder.encoder.layers[layer - 1].self_attn
+            handles.callback(attention.register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
+        encoder(pixel_values)
+    return heads
+
+
+def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = CLIPVisionModel(config)
+        # CLIP's own initialisation leaves every attention row nearly uniform, and all column scores nearly equal. With
+        # these weights the logits have a standard deviation of about 2, and the scores differ as trained ones do.
+        for layer in encoder.encoder.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                torch.nn.init.normal_(projection.weight, std=(2 / config.hidden_size) ** 0.5)
+    return encoder
+
+
+def _from_checkpoint(
+    source: str,
+) -> tuple[CLIPVisionModel, transformers.CLIPImageProcessor, int, tuple[str, ...]]:
+    """Encoder, image processor, deep layer and remarks."""
+    local_only = _is_local(source)
+    with _quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(source, local_files_only=local_only)
+        except OSError as error:
+            where = "not in the local cache, and the hub cannot be reached" if local_only else "cannot be read"
+            raise ValueError(f"model: {source!r} is no local directory with a config.json, {where}") from error
+        vision_config, deep_layer, renamed = _vision_part(source, config)
+        try:
+            encoder, info = CLIPVisionModel.from_pretrained(
+                source,
+                config=vision_config,
+                key_mapping=renamed,
+                output_loading_info=True,
+                local_files_only=local_only,
+            )
+        except Exception as error:  # safetensors, zip, pickle and size errors: a broken file can raise any of them
+            raise ValueError(f"model: the weights of {source!r} cannot be loaded: {error}") from error
+        if info["missing_keys"]:  # transformers would leave these random
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"model: {source!r} lacks {len(missing)} weights of the vision tower, first {missing[0]}")
+        try:
+            processor = transformers.CLIPImageProcessor.from_pretrained(source, local_files_only=local_only)
+            remarks = ()
+        except OSError:
+            processor = _default_processor(vision_config)
+            remarks = (
+                f"{source} has no image processor: images are prepared as for CLIP at {vision_config.image_size} px",
+            )
+    return encoder, processor, deep_layer, remarks
+
+
+def _vision_part(source: str, config) -> tuple[CLIPVisionConfig, int, dict[str, str] | None]:
+    """The tower's config, its 1-based deep layer, and how the checkpoint's weights of the tower are renamed."""
+    family = config.model_type
+    vision = config if family == "clip_vision_model" else getattr(config, "vision_config", None)
+    if family not in ("clip", "clip_vision_model", "llava") or vision.model_type != "clip_vision_model":
+        tower = f" with a {vision.model_type} tower" if family == "llava" else ""
+        raise ValueError(
+            f"model: expected a CLIP vision model (clip, clip_vision_model) or LLaVA-1.5 (llava) with such a tower, "
+            f"got model_type {family!r}{tower} in {source!r}"
+        )
+    layers = vision.num_hidden_layers
+    if family != "llava":
+        return vision, max(1, layers - 1), None
+    state = config.vision_feature_layer
+    if not isinstance(state, int):
+        raise ValueError(f"model: expected one vision_feature_layer in {source!r}, got {state}")
+    return vision, state if state >= 0 else layers + 1 + state, {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
+
+
+def _default_processor(config: CLIPVisionConfig) -> transformers.CLIPImageProcessor:
+    with _quiet_transformers():
+        return transformers.CLIPImageProcessor(size={"shortest_edge": config.image_size}, crop_size=config.image_size)
+
+
+def _is_local(source: str) -> bool:
+    """Whether to read only the disk: for a directory, and for a hub id while the hub cannot be reached."""
+    from huggingface_hub import HfApi, errors
+
+    if os.path.isdir(source):
+        return True
+    if os.path.exists(source):
+        raise ValueError(f"model: expected a directory or a hub id, got the file {source!r}")
+    try:
+        HfApi().model_info(source, timeout=10)
+    except errors.HFValidationError as error:
+        raise ValueError(f"model: there is no directory {source!r}, and a hub id does not look like that") from error
+    except errors.RepositoryNotFoundError as error:
+        raise ValueError(f"model: there is no directory {source!r}, and no such (public) model on the hub") from error
+    except Exception:  # no network, offline mode, a proxy's answer: the types differ between versions of the client
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no reports of unused weights: errors are raised, the rest is not the user's concern."""
+    logging = transformers.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
