@@ -519,7 +519,7 @@ def _with_scores_backward(ctx, grad_output, _grad_scores):
             blind = ~visible.any(dim=-1, keepdim=True)
             visible, grad_output = visible | blind, grad_output.masked_fill(blind, 0.0)
         output = torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible, scale=ctx.scale, enable_gqa=query.shape[1] != key.shape[1]
+            query, key, value, attn_mask=visible, scale=ctx.scale, enable_gqa=bool(query.shape[1] != key.shape[1])
         )
         return (*torch.autograd.grad(output, inputs, grad_output), None, None, None, None)
 
