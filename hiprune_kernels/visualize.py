@@ -80,8 +80,7 @@ def _edges(length: int, tokens: int) -> list[int]:
 
 def _enlarged(image: Image, grid: tuple[int, int]) -> Image:
     factor = math.ceil(_LEAST_CELL * max(grid[0] / image.height, grid[1] / image.width))
-    size = (image.width * factor, image.height * factor)
-    return image.resize(size, optional_import("PIL.Image").Resampling.LANCZOS) if factor > 1 else image
+    return image.resize((image.width * factor, image.height * factor), optional_import("PIL.Image").Resampling.LANCZOS)
 
 
 def _font(size: float):

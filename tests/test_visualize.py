@@ -1,0 +1,202 @@
+"""Pictures are checked by their pixels: colours where the roles say, the image still visible, nothing where dropped."""
+
+import subprocess
+import sys
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hiprune_kernels import visualize
+from hiprune_kernels.visualize import ROLE_COLORS, draw_overview, draw_scores, draw_selection
+
+GRAY = (120, 120, 120)
+YELLOW, RED, CYAN = ROLE_COLORS[1:]
+
+
+def gray(width, height):
+    return Image.new("RGB", (width, height), GRAY)
+
+
+def centre(picture, grid, index, size=None):
+    """Colour in the middle of a token, of a picture whose image part has `size`."""
+    width, height = size or picture.size
+    y, x = divmod(index, grid[1])
+    return picture.getpixel((int((x + 0.5) * width / grid[1]), int((y + 0.5) * height / grid[0])))
+
+
+def blended(base, color, share):
+    return tuple(round(b + share * (c - b)) for b, c in zip(base, color))
+
+
+def assert_close(color, expected, tolerance=2):
+    assert max(abs(a - b) for a, b in zip(color, expected)) <= tolerance, (color, expected)
+
+
+def test_every_token_has_its_role_s_colour():
+    roles = torch.arange(24) % 4
+    picture = draw_selection(gray(240, 160), roles, (4, 6), legend=False)
+    assert picture.size == (240, 160)
+    dimmed = centre(picture, (4, 6), 0)
+    assert max(dimmed) < 0.45 * GRAY[0]
+    expected = [dimmed, *(blended(GRAY, color, share) for color, share in zip(ROLE_COLORS[1:], visualize._TINTS[1:]))]
+    for index, role in enumerate(roles.tolist()):
+        assert_close(centre(picture, (4, 6), index), expected[role])
+    # The tints are different enough to be told apart, and every kept token is brighter than a dropped one.
+    kept = [np.array(color) for color in expected[1:]]
+    assert min(abs(a - b).max() for i, a in enumerate(kept) for b in kept[:i]) > 25
+    assert min(color.max() for color in kept) > 2 * max(dimmed)
+
+
+def test_outlines_are_drawn_inside_the_token():
+    roles = torch.zeros(9, dtype=torch.uint8)
+    roles[4] = 2
+    picture = np.array(draw_selection(gray(120, 90), roles, (3, 3), legend=False))
+    is_red = (picture == RED).all(axis=2)
+    inside = np.zeros_like(is_red)
+    inside[30:60, 40:80] = True
+    assert is_red[30, 40:80].all() and is_red[59, 40:80].all() and is_red[30:60, 40].all() and is_red[30:60, 79].all()
+    assert not is_red[~inside].any() and not is_red[36:54, 46:74].any()
+
+
+def test_sizes_that_the_grid_does_not_divide():
+    roles = torch.zeros(15, dtype=torch.uint8)
+    roles[[0, 7, 14]] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    picture = draw_selection(gray(301, 167), roles, (3, 5), legend=False)
+    assert picture.size == (301, 167)
+    for index in range(15):
+        expected = blended(GRAY, ROLE_COLORS[roles[index]], visualize._TINTS[roles[index]])
+        if roles[index]:
+            assert_close(centre(picture, (3, 5), index), expected)
+        else:
+            assert max(centre(picture, (3, 5), index)) < 60
+    corner = picture.getpixel((300, 166))
+    assert corner == CYAN  # the last token reaches the last pixel
+
+
+def test_the_image_stays_visible_under_kept_tokens_and_fades_under_dropped_ones():
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3))
+    image = Image.fromarray(np.concatenate([ramp, ramp], axis=1))  # the same content in both tokens
+    before = image.tobytes()
+    picture = np.array(draw_selection(image, [3, 0], (1, 2), legend=False)).astype(int)
+    kept, dropped = picture[32, 8:56].mean(axis=1), picture[32, 72:120].mean(axis=1)
+    assert (np.diff(kept) >= 0).all() and np.ptp(kept) > 130
+    assert np.ptp(dropped) < 0.5 * np.ptp(kept) and np.ptp(dropped) > 40  # dimmed, not black
+    assert image.tobytes() == before
+
+
+def test_small_images_are_enlarged_by_a_whole_factor_and_large_ones_are_not():
+    roles = torch.ones(36, dtype=torch.uint8)
+    assert draw_selection(gray(48, 48), roles, (6, 6), legend=False).size == (192, 192)  # 8 px tokens -> 32
+    assert draw_selection(gray(336, 168), roles[:2], (1, 2), legend=False).size == (336, 168)
+
+
+@pytest.mark.parametrize("size", [(336, 336), (40, 90), (1200, 300)])
+def test_legend_is_a_strip_below_with_all_swatches(size):
+    roles = torch.tensor([0, 1, 2, 3])
+    plain = draw_selection(gray(*size), roles, (2, 2), legend=False)
+    picture = draw_selection(gray(*size), roles, (2, 2))
+    assert picture.width == plain.width and plain.height < picture.height <= plain.height + 250
+    assert picture.crop((0, 0, *plain.size)).tobytes() == plain.tobytes()
+    strip = np.array(picture.crop((0, plain.height, *picture.size)))
+    for color in ROLE_COLORS:
+        assert (strip == color).all(axis=2).sum() >= 40
+
+
+def test_legend_counts_tokens():
+    texts = [text for _, text in visualize._selection_legend(torch.tensor([0, 0, 1, 2, 2, 3]))]
+    assert texts == ["1 anchor", "2 buffers", "1 register", "2 dropped"]
+
+
+def test_scores_become_the_colormap_s_colours():
+    scores = torch.linspace(0.0, 2.0, 201)[:200]  # 1st and 99th percentile lie inside
+    picture = draw_scores(gray(20 * 32, 10 * 32), scores, (10, 20), legend=False)
+    low, high = np.quantile(scores.double().numpy(), [0.01, 0.99])
+    for index in (0, 3, 57, 121, 198, 199):
+        share = np.clip((float(scores[index]) - low) / (high - low), 0, 1)
+        heat = [255 * channel for channel in matplotlib.colormaps["inferno"](share)[:3]]
+        assert_close(centre(picture, (10, 20), index), blended(GRAY, heat, 0.68), tolerance=3)
+
+
+def test_one_huge_score_does_not_hide_the_others():
+    scores = torch.cat([torch.linspace(1, 2, 199), torch.tensor([1e6])])
+    picture = draw_scores(gray(20 * 32, 10 * 32), scores, (10, 20), legend=False)
+    assert sum(centre(picture, (10, 20), 198)) > sum(centre(picture, (10, 20), 10)) + 150
+
+
+def test_equal_scores_and_another_colormap():
+    picture = np.array(draw_scores(gray(64, 64), torch.full((4,), 0.3), (2, 2), colormap="gray", legend=False))
+    assert (picture == picture[0, 0]).all()
+    assert_close(picture[0, 0], blended(GRAY, (128, 128, 128), 0.68))
+
+
+def test_score_legend_shows_the_scale():
+    picture = draw_scores(gray(400, 400), torch.arange(16.0), (4, 4))
+    strip = np.array(picture.crop((0, 400, *picture.size))).astype(int)
+    swatch = strip[strip.shape[0] // 2, 8:76].sum(axis=1)  # from inferno's black to its pale yellow
+    assert picture.height > 400 and swatch[0] < 60 and swatch[-1] > 550 and (np.diff(swatch) >= -1).all()
+    assert strip[:, 85:].max() > 200  # the text
+
+
+def test_overview_puts_four_panels_side_by_side():
+    image = gray(256, 256)
+    objects, deeps, roles = torch.arange(64.0), torch.arange(64.0).flip(0), torch.zeros(64, dtype=torch.uint8)
+    roles[9], roles[54] = 1, 3
+    titles = ("one", "two", "three", "four")
+    picture = draw_overview(image, objects, deeps, roles, (8, 8), titles=titles)
+    pixels = np.array(picture)
+    top = int(np.argmax((pixels[:, 20] == GRAY).all(axis=1)))  # where the first panel begins
+    margin = int(np.argmax((pixels[top + 5] == GRAY).all(axis=1)))
+    lefts = [margin + i * (256 + margin) for i in range(4)]
+    assert picture.width == 4 * 256 + 5 * margin
+    panels = [picture.crop((left, top, left + 256, top + 256)) for left in lefts]
+    assert panels[0].tobytes() == image.tobytes()
+    for panel, scores in zip(panels[1:3], (objects, deeps)):
+        assert panel.tobytes() == draw_scores(image, scores, (8, 8), legend=False).tobytes()
+    assert panels[3].tobytes() == draw_selection(image, roles, (8, 8), legend=False).tobytes()
+    for left in lefts:  # every panel has a title above it
+        assert pixels[:top, left : left + 60].max() > 200
+
+
+IMAGE, GRID, ROLES, SCORES = gray(64, 64), (2, 2), [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: draw_selection(np.zeros((8, 8, 3)), ROLES, GRID),
+            TypeError,
+            "image: expected a PIL image, got ndarray",
+        ),
+        (lambda: draw_selection(IMAGE, ROLES, (1, 2, 2)), ValueError, "frame by frame"),
+        (lambda: draw_selection(IMAGE, ROLES, (0, 4)), ValueError, "grid: expected"),
+        (lambda: draw_selection(IMAGE, [*ROLES, 0], GRID), ValueError, r"roles: expected shape \(4,\).*got \(5,\)"),
+        (lambda: draw_selection(IMAGE, [0, 1, 2, 4], GRID), ValueError, r"roles: .*got \[0, 1, 2, 4\]"),
+        (lambda: draw_selection(IMAGE, SCORES, GRID), ValueError, "roles: expected integers"),
+        (lambda: draw_scores(IMAGE, torch.rand(1, 4), GRID), ValueError, r"scores: expected shape.*got \(1, 4\)"),
+        (lambda: draw_scores(IMAGE, [0.1, float("nan"), 0, 0], GRID), ValueError, "scores: expected finite.* 1 that"),
+        (lambda: draw_scores(IMAGE, SCORES, GRID, colormap="no"), ValueError, "colormap: .*'no'"),
+        (lambda: draw_overview(IMAGE, SCORES, [1.0], ROLES, GRID), ValueError, "deep_scores: expected shape"),
+        (lambda: draw_overview(IMAGE, [float("inf")] * 4, SCORES, ROLES, GRID), ValueError, "object_scores: .*finite"),
+        (lambda: draw_overview(IMAGE, SCORES, SCORES, ROLES, GRID, titles=("a",)), ValueError, "titles: expected four"),
+    ],
+)
+def test_bad_arguments_are_named(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize("missing", ["PIL.Image", "matplotlib"])
+def test_a_missing_package_names_the_extra(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ImportError, match=rf"{missing}: pip install 'hiprune-kernels\[images\]'"):
+        draw_scores(IMAGE, SCORES, GRID)
+
+
+def test_importing_loads_neither_pil_nor_matplotlib():
+    code = "import sys, hiprune_kernels.visualize; print([m for m in ('PIL', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
