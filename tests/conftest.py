@@ -7,7 +7,9 @@ from hiprune_kernels.ops.library import CPU_KERNELS, NO_CPU_KERNELS
 
 
 def pytest_addoption(parser):
-    parser.addoption("--require-ext", action="store_true", help="fail, rather than skip, where the C++ kernels are absent")
+    parser.addoption(
+        "--require-ext", action="store_true", help="fail, rather than skip, where the C++ kernels are absent"
+    )
 
 
 def pytest_configure(config):

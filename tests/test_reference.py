@@ -154,7 +154,13 @@ def test_selection_against_sets(rule, neighborhood, keep_roles):
             mask[0, 0] = True
             for candidate_mask in (None, mask):
                 eligible = torch.ones(count, dtype=torch.bool) if candidate_mask is None else mask[0]
-                arguments = {"budget": budget, "grid": grid, "alpha": alpha, "candidate_mask": candidate_mask, **options}
+                arguments = {
+                    "budget": budget,
+                    "grid": grid,
+                    "alpha": alpha,
+                    "candidate_mask": candidate_mask,
+                    **options,
+                }
                 indices, roles = reference.select_tokens(objects, deeps, **arguments)
                 expected = select_by_sets(
                     objects[0].tolist(), deeps[0].tolist(), eligible, grid, budget, alpha, **options
