@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's wheel: nothing is downloaded
 RULE = "official"  # of every way here, so that they keep the same tokens
 NEW_TOKENS = 8
+SECONDS, QUICK_SECONDS = 40.0, 6.0  # spent on timing; a slow machine gets fewer rounds, but at least 3 (quick: 1)
 WAYS = ("released code", "eager", "sdpa", "hiprune_kernels")
 _IMAGE_TOKEN, _VOCABULARY = 32000, 32064  # LLaVA-1.5's
 
@@ -384,7 +385,8 @@ def _measure_and_draw(
         runs[way] = ways.run(way, first)
     difference = ways.check(runs)
     round_seconds = time.perf_counter() - begun
-    rounds = min(max(round((6 if quick else 40) / round_seconds), 1 if quick else 3), 15)
+    seconds, fewest = (QUICK_SECONDS, 1) if quick else (SECONDS, 3)
+    rounds = min(max(round(seconds / round_seconds), fewest), 15)
     timed: dict[str, list[Run]] = {way: [] for way in WAYS}
     for i in range(rounds):
         for j in range(len(WAYS)):  # another way goes first in every round, so that none always runs after the same

@@ -153,9 +153,11 @@ def _from_checkpoint(
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-        except OSError as error:
-            where = "not in the local cache, and the hub cannot be reached" if local_only else "cannot be read"
-            raise ValueError(f"model: {source!r} is no local directory with a config.json, {where}") from error
+        except (OSError, ValueError) as error:
+            if local_only and not os.path.isdir(source):
+                where = "no local directory, not in the local cache, and the hub cannot be reached"
+                raise ValueError(f"model: {source!r} is {where}") from error
+            raise ValueError(f"model: the configuration of {source!r} cannot be read: {error}") from error
         vision_config, deep_layer, renamed = _vision_part(source, config)
         try:
             encoder, info = CLIPVisionModel.from_pretrained(
