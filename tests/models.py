@@ -49,9 +49,17 @@ def tiny_text_config(**changes) -> LlamaConfig:
     return LlamaConfig(**{**values, **changes})
 
 
+def _sharpen(encoder: CLIPVisionModel) -> None:
+    """Attention of random weights is nearly flat; make scores differ as widely as in a trained encoder."""
+    for layer in encoder.encoder.layers:
+        layer.self_attn.q_proj.weight.data.mul_(3)
+
+
 def tiny_clip(seed: int = 0, implementation: str = "sdpa", **changes) -> CLIPVisionModel:
     torch.manual_seed(seed)
-    return CLIPVisionModel._from_config(tiny_clip_config(**changes), attn_implementation=implementation).eval()
+    model = CLIPVisionModel._from_config(tiny_clip_config(**changes), attn_implementation=implementation).eval()
+    _sharpen(model)
+    return model
 
 
 def tiny_llava(
@@ -65,7 +73,9 @@ def tiny_llava(
         image_seq_length=NUM_TOKENS,
         **changes,
     )
-    return LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+    _sharpen(model.model.vision_tower)
+    return model
 
 
 def clip_l_336(seed: int = 0, dtype: torch.dtype = torch.float32) -> CLIPVisionModel:

@@ -327,7 +327,7 @@ def source_digest(function: Callable[..., Any]) -> str:
     """A short digest of a function's source text; empty where there is no source to read."""
     try:
         return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    except OSError:
+    except (OSError, TypeError):
         return ""
 
 
