@@ -75,38 +75,57 @@ inline Key key_of(Score score) {
   return score == score ? bits : Key{1};
 }
 
-// Sets roles[i] = role for the k largest non-zero keys, the lowest index first among equals.
+// The keys of an image, 0 where a token is out of the race, and the top-k over them.
 template <class Key>
-void take_best(const std::vector<Key>& keys, int64_t k, uint8_t role, uint8_t* roles, std::vector<Key>& scratch) {
-  const int64_t n = static_cast<int64_t>(keys.size());
-  if (k <= 0) return;
-  // Spread the keys that are present over 256 bins, and find the bin that holds the k-th largest.
-  Key low = ~Key{0}, high = 0;
-  for (Key key : keys) low = std::min<Key>(low, key - 1), high = std::max(high, key);  // 0 - 1 wraps: not the minimum
-  const int shift = std::max(0, int(std::bit_width(Key(high - low))) - 8);
-  const auto bin_of = [&](Key key) { return key ? 1 + ((key - 1 - low) >> shift) : 0; };
-  std::array<uint32_t, 257> histogram{};
-  for (Key key : keys) ++histogram[bin_of(key)];
-  Key bin = 256;
-  for (; bin > 0 && histogram[bin] < k; --bin) k -= histogram[bin];
+class Ranking {
+ public:
+  explicit Ranking(int64_t n) : keys_(n), scratch_(n) {}
 
-  Key threshold = 0;
-  int64_t equal = 0;  // how many of those that equal the threshold belong to the best k
-  if (bin > 0) {      // else fewer than k are in the race: all of them win
-    int64_t count = 0;
-    for (Key key : keys) {
-      scratch[count] = key;
-      count += bin_of(key) == bin;
+  // Sets the key of every token i to key_at(i).
+  template <class KeyAt>
+  void assign(KeyAt key_at) {
+    low_ = ~Key{0}, high_ = 0;
+    for (int64_t i = 0; i < int64_t(keys_.size()); ++i) {
+      const Key key = keys_[i] = key_at(i);
+      low_ = std::min<Key>(low_, key - 1), high_ = std::max(high_, key);  // 0 - 1 wraps: never the minimum
     }
-    const auto first = scratch.begin(), last = first + count;
-    std::nth_element(first, first + (k - 1), last, std::greater<>());
-    threshold = scratch[k - 1];
-    equal = k - std::count_if(first, last, [&](Key key) { return key > threshold; });
   }
-  for (int64_t i = 0; i < n; ++i) roles[i] = keys[i] > threshold ? role : roles[i];
-  for (int64_t i = 0; equal > 0; ++i)
-    if (keys[i] == threshold) roles[i] = role, --equal;
-}
+
+  // Sets roles[i] = role for the k best tokens in the race, the lowest index first among equals.
+  void take_best(int64_t k, uint8_t role, uint8_t* roles) {
+    if (k <= 0) return;
+    // Spread the keys that are present over 256 bins, and find the bin that holds the k-th largest.
+    const Key low = low_;
+    const int shift = std::max(0, int(std::bit_width(Key(high_ - low))) - 8);
+    const auto bin_of = [=](Key key) { return key ? 1 + ((key - 1 - low) >> shift) : 0; };
+    std::array<uint32_t, 257> histogram{};
+    for (Key key : keys_) ++histogram[bin_of(key)];
+    Key bin = 256;
+    for (; bin > 0 && histogram[bin] < k; --bin) k -= histogram[bin];
+
+    Key threshold = 0;
+    int64_t equal = 0;  // how many of those that equal the threshold belong to the best k
+    if (bin > 0) {      // else fewer than k are in the race: all of them win
+      int64_t count = 0;
+      for (Key key : keys_) {
+        scratch_[count] = key;
+        count += bin_of(key) == bin;
+      }
+      const auto first = scratch_.begin(), last = first + count;
+      std::nth_element(first, first + (k - 1), last, std::greater<>());
+      threshold = scratch_[k - 1];
+      equal = k - std::count_if(first, last, [=](Key key) { return key > threshold; });
+    }
+    const int64_t n = static_cast<int64_t>(keys_.size());
+    for (int64_t i = 0; i < n; ++i) roles[i] = keys_[i] > threshold ? role : roles[i];
+    for (int64_t i = 0; equal > 0; ++i)
+      if (keys_[i] == threshold) roles[i] = role, --equal;
+  }
+
+ private:
+  std::vector<Key> keys_, scratch_;
+  Key low_ = 0, high_ = 0;  // one below the smallest key in the race, and the largest
+};
 
 // Calls visit(neighbour) for every neighbour of token i within its frame.
 template <class Visit>
@@ -136,20 +155,20 @@ struct Row {
 template <class Score>
 void select_image(const Image& image, const Options& options, Row<Score> object, Row<Score> deep, Row<bool> mask,
                   uint8_t* roles) {
-  using Key = decltype(key_of(Score{}));
   const int64_t n = image.count();
   const auto eligible = [&](int64_t i) { return !mask.data || mask[i]; };
+  const auto open = [&](int64_t i) { return eligible(i) && roles[i] == kDropped; };
   const auto kept = [&] { return n - std::count(roles, roles + n, uint8_t{kDropped}); };
-  std::vector<Key> keys(n), scratch(n);
+  Ranking<decltype(key_of(Score{}))> ranking(n);
   std::fill(roles, roles + n, kDropped);
 
-  for (int64_t i = 0; i < n; ++i) keys[i] = eligible(i) ? key_of(object[i]) : 0;
-  take_best(keys, anchor_count(image.budget, options), kAnchor, roles, scratch);
+  ranking.assign([&](int64_t i) { return eligible(i) ? key_of(object[i]) : 0; });
+  ranking.take_best(anchor_count(image.budget, options), kAnchor, roles);
   if (options.buffers) {
     for (int64_t i = 0; i < n; ++i)
       if (roles[i] == kAnchor)
         for_each_neighbor(image, options, i, [&](int64_t j) {
-          if (roles[j] == kDropped && eligible(j)) roles[j] = kBuffer;
+          if (open(j)) roles[j] = kBuffer;
         });
     int64_t excess = kept() - image.budget;  // too many (official rule): the highest indices go
     for (int64_t i = n - 1; excess > 0; --i)
@@ -158,17 +177,18 @@ void select_image(const Image& image, const Options& options, Row<Score> object,
 
   const int64_t rest = image.budget - kept();
   if (!options.registers) {
-    for (int64_t i = 0; i < n; ++i) keys[i] = roles[i] == kDropped ? keys[i] : 0;
-    take_best(keys, rest, kAnchor, roles, scratch);
+    ranking.assign([&](int64_t i) { return open(i) ? key_of(object[i]) : 0; });
+    ranking.take_best(rest, kAnchor, roles);
   } else if (options.rule == Rule::kOfficial) {  // taken tokens lose 1 but stay in the race, as in the released code
-    for (int64_t i = 0; i < n; ++i)
-      keys[i] = eligible(i) ? key_of<Score>(deep[i] - (roles[i] == kDropped ? Score{0} : Score{1})) : 0;
+    ranking.assign([&](int64_t i) {
+      return eligible(i) ? key_of<Score>(deep[i] - (roles[i] == kDropped ? Score{0} : Score{1})) : 0;
+    });
     std::vector<uint8_t> winners(n, kDropped);
-    take_best(keys, rest, kRegister, winners.data(), scratch);
+    ranking.take_best(rest, kRegister, winners.data());
     for (int64_t i = 0; i < n; ++i) roles[i] = roles[i] == kDropped ? winners[i] : roles[i];
   } else {
-    for (int64_t i = 0; i < n; ++i) keys[i] = roles[i] == kDropped && eligible(i) ? key_of(deep[i]) : 0;
-    take_best(keys, rest, kRegister, roles, scratch);
+    ranking.assign([&](int64_t i) { return open(i) ? key_of(deep[i]) : 0; });
+    ranking.take_best(rest, kRegister, roles);
   }
 }
 
@@ -245,10 +265,13 @@ void select_images(const Layout& layout, const Options& options, const Tensor& o
       select_image<Score>(layout.image(b), options, layout.row<Score>(object_scores, b, prefix),
                           layout.row<Score>(deep_scores, b, prefix),
                           candidate_mask ? layout.row<bool>(*candidate_mask, b, 0) : Row<bool>{nullptr, 0}, role);
+      const int64_t budget = layout.image(b).budget;
       int64_t j = 0;
-      for (int64_t i = 0; i < count; ++i)
-        if (role[i] != kDropped) index[j++] = base + i;
-      std::fill(index + j, index + layout.image(b).budget, int64_t{-1});
+      for (int64_t i = 0; i < count && j < budget; ++i) {  // write, then advance if it was kept: no branch to mispredict
+        index[j] = base + i;
+        j += role[i] != kDropped;
+      }
+      std::fill(index + j, index + budget, int64_t{-1});
     }
   });
 }
@@ -276,6 +299,23 @@ Tensor gather_rows(const Layout& layout, const Tensor& features, const Tensor& i
   return kept;
 }
 
+std::tuple<Tensor, Tensor> select_in(const Layout& layout, const Options& options, const Tensor& object_scores,
+                                     const Tensor& deep_scores, const std::optional<Tensor>& candidate_mask,
+                                     int64_t prefix) {
+  Tensor indices = torch::stable::empty(layout.rows_shape(), ScalarType::Long);
+  Tensor roles = torch::stable::empty(layout.tokens_shape(), ScalarType::Byte);
+  if (object_scores.scalar_type() == ScalarType::Double) {
+    select_images<double>(layout, options, object_scores, deep_scores, candidate_mask, prefix, indices, roles);
+  } else {
+    const auto as_float = [](const Tensor& t) {
+      return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
+    };
+    select_images<float>(layout, options, as_float(object_scores), as_float(deep_scores), candidate_mask, prefix,
+                         indices, roles);
+  }
+  return {indices, roles};
+}
+
 // hiprune::select_tokens: indices [B, budget] or [sum(budgets)], roles [B, N] or [T].
 std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_scores, std::optional<Tensor> candidate_mask,
                                          std::vector<int64_t> grids, std::vector<int64_t> budgets,
@@ -283,19 +323,7 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_score
                                          std::string neighborhood, std::vector<std::string> keep_roles) {
   const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
   const Options options = parse_options(alpha, rule, neighborhood, keep_roles);
-  Tensor indices = torch::stable::empty(layout.rows_shape(), ScalarType::Long);
-  Tensor roles = torch::stable::empty(layout.tokens_shape(), ScalarType::Byte);
-  const ScalarType dtype = object_scores.scalar_type();
-  if (dtype == ScalarType::Double) {
-    select_images<double>(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens, indices, roles);
-  } else {
-    const auto as_float = [](const Tensor& t) {
-      return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
-    };
-    select_images<float>(layout, options, as_float(object_scores), as_float(deep_scores), candidate_mask,
-                         num_prefix_tokens, indices, roles);
-  }
-  return {indices, roles};
+  return select_in(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens);
 }
 
 // hiprune::prune_tokens: kept rows [B, budget, C] or [sum(budgets), C], then as select_tokens.
@@ -305,9 +333,8 @@ std::tuple<Tensor, Tensor, Tensor> prune_tokens(Tensor features, Tensor object_s
                                                 std::string rule, std::string neighborhood,
                                                 std::vector<std::string> keep_roles) {
   const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
-  auto [indices, roles] = select_tokens(object_scores, deep_scores, candidate_mask, std::move(grids), std::move(budgets),
-                                        num_prefix_tokens, alpha, std::move(rule), std::move(neighborhood),
-                                        std::move(keep_roles));
+  const Options options = parse_options(alpha, rule, neighborhood, keep_roles);
+  auto [indices, roles] = select_in(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens);
   return {gather_rows(layout, features, indices), indices, roles};
 }
 

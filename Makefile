@@ -1,0 +1,46 @@
+# make demo   set up and run the demonstration on real photographs (pictures and a report under out/demo)
+# make test   set up and run all tests
+# make bench  set up and run the CPU benchmarks (make bench ARGS="-k CLIP-L" for some of them)
+# make lint   set up and check style
+# make wheel  set up and build a wheel with the C++ kernels under dist/
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SETUP := $(VENV)/.set-up
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
+
+.PHONY: demo test bench lint wheel setup clean
+
+demo: $(SETUP)
+	$(BIN)/hiprune demo --out out/demo $(ARGS)
+
+test: $(SETUP)
+	$(BIN)/python -m pytest --require-ext $(ARGS)
+
+bench: $(SETUP)
+	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json out/bench.json $(ARGS)
+
+lint: $(SETUP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+wheel: $(SETUP)
+	HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-cache-dir --no-deps --wheel-dir dist .
+
+setup: $(SETUP)
+
+# torch comes before the package: the C++ kernels are built against it.
+$(SETUP): pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
+	@command -v c++ >/dev/null || { echo "A C++20 compiler is needed (Debian, Ubuntu: apt-get install g++)" >&2; exit 1; }
+	@echo "Setting up $(VENV): downloads PyTorch and builds the C++ kernels, a few minutes the first time"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
+	$(BIN)/pip install --quiet torch
+	HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist out *.egg-info hiprune_kernels/*.so
