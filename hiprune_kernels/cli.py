@@ -222,11 +222,11 @@ def _prune(args: argparse.Namespace) -> None:
     scores = _scores(tower, pixels, sorted({object_layer, tower.deep_layer}), args.score_queries)
     object_scores, deep_scores = scores[object_layer], scores[tower.deep_layer]
     check_inputs(object_scores=object_scores, deep_scores=deep_scores)
-    if args.rule == "official" and args.score_queries == "all":  # LLaVA's released code: means over queries, not sums
-        object_scores, deep_scores = object_scores / object_scores.shape[1], deep_scores / deep_scores.shape[1]
+    # LLaVA's released code takes means over the queries where Eq. 2 has sums; its rule then takes 1 off kept tokens.
+    divisor = object_scores.shape[1] if args.rule == "official" else 1
     indices, roles = select_tokens(
-        object_scores,
-        deep_scores,
+        object_scores / divisor,
+        deep_scores / divisor,
         budget=budget,
         alpha=args.alpha,
         grid=tower.grid,

@@ -116,6 +116,7 @@ def queries_and_keys(
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Queries and keys [B, H, N, D] of some 1-based layers, from a forward of the stock modules."""
     heads: dict[int, tuple[Tensor, Tensor]] = {}
+    _, _, modules = find_encoder(encoder)
 
     def keep(layer: int):
         def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -127,7 +128,7 @@ def queries_and_keys(
 
     with contextlib.ExitStack() as handles:
         for layer in layers:
-            attention = encoder.encoder.layers[layer - 1].self_attn
+            attention = modules[layer - 1].self_attn
             handles.callback(attention.register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
         encoder(pixel_values)
     return heads
@@ -139,7 +140,7 @@ def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
         encoder = CLIPVisionModel(config)
         # CLIP's own initialisation leaves every attention row nearly uniform, and all column scores nearly equal. With
         # these weights the logits have a standard deviation of about 2, and the scores differ as trained ones do.
-        for layer in encoder.encoder.layers:
+        for layer in find_encoder(encoder)[2]:
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 torch.nn.init.normal_(projection.weight, std=(2 / config.hidden_size) ** 0.5)
     return encoder
@@ -199,7 +200,7 @@ def _vision_part(source: str, config) -> tuple[CLIPVisionConfig, int, dict[str, 
     state = config.vision_feature_layer
     if not isinstance(state, int):
         raise ValueError(f"model: expected one vision_feature_layer in {source!r}, got {state}")
-    return vision, state if state >= 0 else layers + 1 + state, {r"^(model\.)?vision_tower\.(vision_model\.)?": ""}
+    return vision, state if state >= 0 else layers + 1 + state, {r"^(model\.)?vision_tower\.": ""}
 
 
 def _default_processor(config: CLIPVisionConfig) -> transformers.CLIPImageProcessor:
