@@ -13,7 +13,8 @@ from patch_reference import (
     expected_selection,
     one_thread,  # noqa: F401
 )
-from transformers import CLIPVisionModelWithProjection
+from transformers import AttentionInterface, CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hiprune_kernels import reference
 from hiprune_kernels.patch import apply_hiprune, hiprune, is_patched, last_selection, record_scores, remove_hiprune
@@ -317,7 +318,11 @@ def test_recording_any_holder_of_an_encoder(implementation):
     tower = llava.model.vision_tower
     expected = eager_scores(tower, images(1), 3)
     ids = torch.tensor([[5] + [90] * NUM_TOKENS + [6]])
+    vision, text = tower.config.to_dict(), {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+    pair = CLIPModel(CLIPConfig(vision_config=vision, text_config=text)).eval()  # its text model has the same layers
+    pair.vision_model.load_state_dict(tower.state_dict())
     for holder, run in [
+        (pair, lambda: pair.get_image_features(images(1))),
         (llava, lambda: llava(input_ids=ids, pixel_values=images(1))),
         (llava.model, lambda: llava.get_image_features(images(1))),
         (tower, lambda: tower(images(1))),
@@ -327,6 +332,23 @@ def test_recording_any_holder_of_an_encoder(implementation):
             run()
         assert list(scores) == [3] and len(scores[3]) == 1
         torch.testing.assert_close(scores[3][0].double(), expected, rtol=0, atol=1e-5)
+
+
+def test_the_stock_attention_function_sees_its_own_config():
+    """Flash attention reads the implementation's name from `module.config`: it must not find ours there."""
+    seen = []
+
+    def attention(module, query, key, value, attention_mask, **kwargs):
+        seen.append((module.config._attn_implementation, module.training))
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+    AttentionInterface.register("test_attention", attention)
+    encoder = tiny_clip(implementation="test_attention")
+    with torch.no_grad(), record_scores(encoder):
+        encoder(images(1))
+    with torch.no_grad(), hiprune(encoder, budget=4):
+        encoder(images(1))
+    assert seen == [("test_attention", False)] * (DEPTH + DEPTH - 2)  # pruned: not the object nor the feature layer
 
 
 def test_recording_leaves_nothing_behind(stock):

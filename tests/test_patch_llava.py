@@ -367,7 +367,15 @@ def test_cropped_copied_and_repeated_caches(stock, patched):
     with torch.no_grad():
         logits = patched(input_ids=tail.repeat(2, 1), attention_mask=mask, past_key_values=repeated).logits
         assert torch.equal(logits[:, -1].argmax(dim=-1), expected[:, 0].repeat(2))
-        two = patched(**inputs_for("batch")).past_key_values
+        mask = inputs_for("batch")["attention_mask"]  # `generate` counts positions from the mask, so this must
+        two = patched(**inputs_for("batch"), position_ids=(mask.cumsum(1) - 1).clamp(min=0)).past_key_values
+        both = copy.deepcopy(two)
+        both.crop(-2)
+        both.batch_repeat_interleave(2)
+        turn = {key: inputs_for("batch")[key].repeat_interleave(2, dim=0) for key in ("input_ids", "attention_mask")}
+        answers = patched.generate(**turn, past_key_values=both, **GREEDY)[:, -6:]
+        rows = reference_rows(stock, inputs_for("batch"))
+        assert torch.equal(answers, stock_generate(stock, rows, **GREEDY).repeat_interleave(2, dim=0))
         with pytest.raises(ValueError, match="past_key_values: pruned for a batch of 2, but the inputs have 3 rows"):
             patched(input_ids=tail.repeat(3, 1), past_key_values=two)
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES
 from .encoders import PATCH, ModelFamily, Patch, Selection, Settings, install, prepare
@@ -42,15 +43,14 @@ FAMILIES = {"clip_vision_model": _BARE_CLIP, "llava": LLAVA}  # config.model_typ
 
 
 def _family(model: nn.Module) -> ModelFamily:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    if not isinstance(model, PreTrainedModel):  # wrappers show the config of what they wrap: take no part for the whole
+        raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
+    if model.config.model_type not in FAMILIES:
         raise ValueError(
-            f"model: expected a Hugging Face model of type {', '.join(FAMILIES)}, got {type(model).__name__}"
-            + (f" of type {model_type!r}" if model_type else "")
+            f"model: expected a model of type {', '.join(FAMILIES)}, got {type(model).__name__} of type "
+            f"{model.config.model_type!r}"
         )
-    return FAMILIES[model_type]
+    return FAMILIES[model.config.model_type]
 
 
 def _patch_of(model: nn.Module) -> Patch | None:
@@ -131,8 +131,8 @@ def _patched(model: nn.Module) -> Patch:
 
 def is_patched(model: nn.Module) -> bool:
     """Whether `apply_hiprune` is in force on this model (False for models that cannot be patched)."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    return model_type in FAMILIES and _patch_of(model) is not None
+    supported = isinstance(model, PreTrainedModel) and model.config.model_type in FAMILIES
+    return supported and _patch_of(model) is not None
 
 
 def last_selection(model: nn.Module) -> list[Selection]:

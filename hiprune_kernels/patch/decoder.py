@@ -134,7 +134,7 @@ def _prune(call: Call, plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) 
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "attention_mask": new_plan.cache_mask(mask, seen + remaining, 0),
         # Position ids are compact: each token moves up by the dropped ones before it.
-        "position_ids": (positions - plan.dropped - dropped_before).gather(1, index).clamp(min=0),
+        "position_ids": (positions - plan.dropped - dropped_before).gather(1, index),
     }
     return {**kwargs, **pruned}, new_plan
 
@@ -236,9 +236,13 @@ def _prefill(
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **kwargs)
 
 
-def refuse_labels(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of the model with the head."""
-    if kwargs.get("labels") is not None and kwargs.get("pixel_values") is not None:
+def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Pre-hook of the model with the head: what counts positions in the unpruned logits cannot be honoured."""
+    if kwargs.get("pixel_values") is None:
+        return
+    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+        raise ValueError("logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter")
+    if kwargs.get("labels") is not None:
         raise ValueError(
             "labels: the logits of a pruned forward are shorter than the labels; compute the loss from the logits, "
             "whose columns counted from the end are where they were behind the last image"
@@ -250,6 +254,6 @@ def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_mo
     edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
     edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
     if model is not host:
-        edits.add_hook(model.register_forward_pre_hook(refuse_labels, with_kwargs=True))
+        edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
         for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
             edits.set_method(model, function.__name__, function)
