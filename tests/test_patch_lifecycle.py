@@ -336,6 +336,15 @@ def test_two_models_at_once(stock):
     apply_hiprune(other, budget=5)
     assert torch.equal(run(one), expected[0]) and torch.equal(run(other), expected[1])
     assert [len(last_selection(m)[0].indices) for m in (one, other)] == [10, 5]
+    inside = []  # one model's forward runs the other's tower: that one is not part of the call
+
+    def look(module, args):
+        inside.append(other.model.vision_tower(images(1)).last_hidden_state)
+
+    one.model.vision_tower.encoder.layers[-1].register_forward_pre_hook(look)
+    assert torch.equal(run(one), expected[0])
+    with torch.no_grad():
+        assert torch.equal(inside[0], other.model.vision_tower(images(1)).last_hidden_state)
     remove_hiprune(one)
     assert torch.equal(run(one), run(stock)) and torch.equal(run(other), expected[1])
 

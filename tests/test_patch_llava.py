@@ -349,6 +349,16 @@ def test_second_turn(stock, patched, new_image, only_new):
     assert torch.equal(sequences[:, turn["input_ids"].shape[1] :], expected)
 
 
+def test_an_image_after_a_turn_of_text(stock, patched):
+    text = batch([prompt(6)])
+    first = patched.generate(**text, **GREEDY, return_dict_in_generate=True)
+    rows, _ = conversation(stock, first.sequences.tolist(), new_image=True)
+    whole = batch(rows, images(1))
+    expected = stock_generate(stock, reference_rows(stock, whole), **GREEDY)
+    sequences = patched.generate(**whole, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(sequences[:, whole["input_ids"].shape[1] :], expected)
+
+
 def test_cropped_copied_and_repeated_caches(stock, patched):
     """A prompt's cache serves several continuations; cropping text off its end is fine."""
     inputs = inputs_for("one image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -9,8 +10,21 @@ from typing import TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..budget import ROLE_NAMES
-from .encoders import PATCH, ModelFamily, Patch, Selection, Settings, install, prepare
+from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
+from .edits import refuse_tapped, tap_attention
+from .encoders import (
+    PATCH,
+    ModelFamily,
+    Patch,
+    Selection,
+    Settings,
+    feature_layer_forward,
+    find_encoder,
+    host_forward,
+    object_listener,
+    skipped_layer_forward,
+    warn_unknown_sources,
+)
 from .llava import LLAVA
 from .recording import LayerScores, record_scores
 
@@ -100,15 +114,79 @@ def apply_hiprune(
     return model
 
 
+def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch:
+    """Check everything that can be checked before a module is touched.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    host = family.host(model)
+    family.check(host)
+    encoder = family.encoder(host)
+    encoder_family, config, layers = find_encoder(encoder)
+    check_selection_options(settings.alpha, settings.rule, settings.neighborhood, settings.keep_roles)
+    if settings.rule not in ("paper", "official", "grid"):
+        raise ValueError(f'rule: expected "paper", "official" or "grid" for a model, got {settings.rule!r}')
+    if settings.score_queries not in ("all", "cls"):
+        raise ValueError(f'score_queries: expected "all" or "cls", got {settings.score_queries!r}')
+    resolve_budget((config.image_size // config.patch_size) ** 2, budget=settings.budget, retention=settings.retention)
+    feature_layer = family.feature_layer(host, {})
+    object_layer = settings.object_layer
+    if object_layer is None:
+        object_layer = min(max(1, round(encoder_family.object_share * len(layers))), feature_layer)
+    if isinstance(object_layer, bool) or not isinstance(object_layer, int):
+        raise TypeError(f"object_layer: expected an int, got {type(object_layer).__name__}")
+    if not 1 <= object_layer <= feature_layer:
+        raise ValueError(
+            f"object_layer: expected 1 to {feature_layer} (1-based, not behind the layer whose output are the "
+            f"features), got {object_layer}"
+        )
+    attentions = [getattr(layer, encoder_family.attention) for layer in layers]
+    if PATCH not in host.__dict__:  # else these are the taps of the patch that is about to be replaced
+        refuse_tapped(attentions)
+    modules = (attentions[object_layer - 1], *layers[feature_layer - 1 :])
+    others = (family.connector(host), family.language_model(host))
+    return Patch(
+        settings=settings,
+        family=family,
+        encoder_family=encoder_family,
+        host=host,
+        config=config,
+        object_layer=object_layer,
+        feature_layer=feature_layer,
+        modules=(*modules, *(module for module in others if module is not None)),
+        argument_names=tuple(inspect.signature(type(host).forward).parameters)[1:],
+    )
+
+
+def _install(patch: Patch, model: nn.Module) -> None:
+    """Do what was prepared; on any error everything done so far is undone."""
+    edits, start = patch.edits, patch.feature_layer
+    _, _, layers = find_encoder(patch.family.encoder(patch.host))
+    warn_unknown_sources(patch.encoder_family, layers[start - 1])
+    try:
+        edits.set_attribute(patch.host, PATCH, patch)
+        edits.set_method(patch.host, "forward", host_forward)
+        if patch.object_layer != patch.feature_layer:
+            tap_attention(edits, patch.modules[0], object_listener)
+        edits.set_method(layers[start - 1], "forward", feature_layer_forward)
+        for layer in layers[start:]:
+            edits.set_method(layer, "forward", skipped_layer_forward)
+        patch.family.install(edits, model, patch.host)
+    except BaseException:
+        edits.undo()
+        raise
+
+
 def _apply(model: nn.Module, settings: Settings) -> None:
-    patch, previous = prepare(model, _family(model), settings), _patch_of(model)
+    patch, previous = _prepare(model, _family(model), settings), _patch_of(model)
     if previous is not None:
         previous.edits.undo()
     try:
-        install(patch, model)
+        _install(patch, model)
     except BaseException:
         if previous is not None:
-            install(previous, model)
+            _install(previous, model)
         raise
 
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from .edits import Edits, refuse_tapped, tap_attention
+from ..budget import ROLE_NAMES, resolve_budget
+from .edits import Edits
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
 _REGISTER = 3
@@ -177,7 +177,7 @@ def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 # --------------------------------------------------------------------------------------------------- the object layer
 
 
-def _object_listener(
+def object_listener(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -311,7 +311,8 @@ def find_encoder(model: nn.Module) -> tuple[EncoderFamily, Any, list[nn.Module]]
     raise ValueError(f"model: found no supported vision encoder ({', '.join(ENCODERS)}) in {type(model).__name__}")
 
 
-def _warn_unknown_sources(family: EncoderFamily, layer: nn.Module) -> None:
+def warn_unknown_sources(family: EncoderFamily, layer: nn.Module) -> None:
+    """Warn if the stock forwards that the feature layer stands in for are not the known ones."""
     for path, digest in family.stock_sources.items():
         forward = type(layer.get_submodule(path)).forward
         if source_digest(forward) != digest:
@@ -319,7 +320,7 @@ def _warn_unknown_sources(family: EncoderFamily, layer: nn.Module) -> None:
                 f"hiprune_kernels computes {forward.__qualname__} by itself in the feature layer, and the installed "
                 "transformers has a version of it that was never compared with ours: check the outputs, or use a "
                 "transformers release that hiprune_kernels was tested with",
-                stacklevel=4,
+                stacklevel=5,  # where apply_hiprune was called,
             )
 
 
@@ -329,70 +330,3 @@ def source_digest(function: Callable[..., Any]) -> str:
         return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
     except (OSError, TypeError):
         return ""
-
-
-# ---------------------------------------------------------------------------------------------------------- patching
-
-
-def prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch:
-    """Check everything that can be checked before a module is touched.
-
-    Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
-    """
-    host = family.host(model)
-    family.check(host)
-    encoder = family.encoder(host)
-    encoder_family, config, layers = find_encoder(encoder)
-    check_selection_options(settings.alpha, settings.rule, settings.neighborhood, settings.keep_roles)
-    if settings.rule not in ("paper", "official", "grid"):
-        raise ValueError(f'rule: expected "paper", "official" or "grid" for a model, got {settings.rule!r}')
-    if settings.score_queries not in ("all", "cls"):
-        raise ValueError(f'score_queries: expected "all" or "cls", got {settings.score_queries!r}')
-    resolve_budget((config.image_size // config.patch_size) ** 2, budget=settings.budget, retention=settings.retention)
-    feature_layer = family.feature_layer(host, {})
-    object_layer = settings.object_layer
-    if object_layer is None:
-        object_layer = min(max(1, round(encoder_family.object_share * len(layers))), feature_layer)
-    if isinstance(object_layer, bool) or not isinstance(object_layer, int):
-        raise TypeError(f"object_layer: expected an int, got {type(object_layer).__name__}")
-    if not 1 <= object_layer <= feature_layer:
-        raise ValueError(
-            f"object_layer: expected 1 to {feature_layer} (1-based, not behind the layer whose output are the "
-            f"features), got {object_layer}"
-        )
-    attentions = [getattr(layer, encoder_family.attention) for layer in layers]
-    if PATCH not in host.__dict__:  # else these are the taps of the patch that is about to be replaced
-        refuse_tapped(attentions)
-    modules = (attentions[object_layer - 1], *layers[feature_layer - 1 :])
-    others = (family.connector(host), family.language_model(host))
-    return Patch(
-        settings=settings,
-        family=family,
-        encoder_family=encoder_family,
-        host=host,
-        config=config,
-        object_layer=object_layer,
-        feature_layer=feature_layer,
-        modules=(*modules, *(module for module in others if module is not None)),
-        argument_names=tuple(inspect.signature(type(host).forward).parameters)[1:],
-    )
-
-
-def install(patch: Patch, model: nn.Module) -> None:
-    """Do what was prepared; on any error everything done so far is undone."""
-    edits, start = patch.edits, patch.feature_layer
-    _, _, layers = find_encoder(patch.family.encoder(patch.host))
-    _warn_unknown_sources(patch.encoder_family, layers[start - 1])
-    try:
-        edits.set_attribute(patch.host, PATCH, patch)
-        edits.set_method(patch.host, "forward", host_forward)
-        if patch.object_layer != patch.feature_layer:
-            tap_attention(edits, patch.modules[0], _object_listener)
-        edits.set_method(layers[start - 1], "forward", feature_layer_forward)
-        for layer in layers[start:]:
-            edits.set_method(layer, "forward", skipped_layer_forward)
-        patch.family.install(edits, model, patch.host)
-    except BaseException:
-        edits.undo()
-        raise
