@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__
 from .budget import CLUSTER_SIZES, ROLE_NAMES, check_selection_options, resolve_budget
+from .visualize import draw_overview, optional_import
 
 if TYPE_CHECKING:
     import torch
@@ -135,8 +136,6 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _open_image(path: str) -> Image:
-    from .visualize import optional_import
-
     pil, image_ops = optional_import("PIL.Image"), optional_import("PIL.ImageOps")
     if not os.path.isfile(path):
         raise ValueError(f"image: there is no file {path!r}")
@@ -200,6 +199,7 @@ def _prune(args: argparse.Namespace) -> None:
     wants_picture = args.json is None or args.out is not None
     picture = args.out or Path(f"{Path(args.image).stem}.hiprune.png")
     if wants_picture:
+        optional_import("matplotlib")  # rather now than after the work
         _check_writable("out", picture, (".png", ".jpg", ".jpeg", ".webp"))
     if args.json not in (None, "-"):
         _check_writable("json", Path(args.json), ())
@@ -209,7 +209,6 @@ def _prune(args: argparse.Namespace) -> None:
 
     from .loading import load_tower
     from .ops import check_inputs, select_tokens
-    from .visualize import draw_overview
 
     device = _checked_device(args.device)
     tower = load_tower(args.model, dtype=getattr(torch, args.dtype), device=device, seed=args.seed)

@@ -93,13 +93,16 @@ def load_tower(
         config: of the random tower.
 
     Raises:
-        ValueError: if there is no such checkpoint, it is of another family, or its weights are incomplete.
+        ValueError: if ``seed`` is out of range, there is no such checkpoint, it is of another family, or its weights
+            are incomplete.
 
     Example:
         >>> tower = load_tower()
         >>> tower.encoder(tower.pixel_values(image)).last_hidden_state.shape
         torch.Size([1, 577, 1024])
     """
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
     if source is None:
         encoder, deep_layer = _random_encoder(config, seed), max(1, config.num_hidden_layers - 1)
         name = f"a random CLIP vision tower of {config.num_hidden_layers} layers (seed {seed})"

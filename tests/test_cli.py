@@ -247,6 +247,7 @@ def error_of(capsys, *arguments):
         (["prune", "PHOTO", "--budget", "37"], "budget: expected 1 to 36"),
         (["prune", "PHOTO", "--retention", "0"], "retention: expected a share in (0, 1], got 0.0"),
         (["prune", "PHOTO", "--retention", "1.5"], "retention: expected a share"),
+        (["prune", "PHOTO", "--seed", "-1"], "seed: expected 0 to"),
         (["prune", "PHOTO", "--alpha", "nan"], "alpha: expected a share in [0, 1], got nan"),
         (["prune", "PHOTO", "--object-layer", "0"], "object-layer: expected 1 to 4, the deep layer, got 0"),
         (["prune", "PHOTO", "--object-layer", "5"], "object-layer: expected 1 to 4"),
@@ -337,9 +338,10 @@ def test_hub_ids(capsys, photo, monkeypatch):
 
 
 def test_missing_packages(capsys, photo, checkpoint, monkeypatch, tmp_path):
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "PIL.Image", None)
-        assert "pip install 'hiprune-kernels[images]'" in error_of(capsys, "prune", photo)
+    for module in ("PIL.Image", "matplotlib"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            assert f"{module}: pip install 'hiprune-kernels[images]'" in error_of(capsys, "prune", photo)
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "rich.progress", None)
         assert "pip install 'hiprune-kernels[demo]'" in error_of(capsys, "demo", "--out", str(tmp_path))
