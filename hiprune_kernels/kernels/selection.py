@@ -9,7 +9,6 @@ from the first, and no table has to outlive it. Results depend on nothing but th
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -42,10 +41,10 @@ def _load_scores(scores_ptr, slots, stride_slot, stride_token, token, valid):
 
 @triton.jit
 def _keys(scores):
-    """Unsigned integers in the order of the scores, above 0. NaN is 1, behind -inf; -0 equals +0."""
+    """Unsigned integers in the order of the scores, above 0; NaN is 1, behind -inf. There is no -0: sums begin at +0."""
     integer: tl.constexpr = tl.uint64 if scores.dtype == tl.float64 else tl.uint32
     sign = tl.full([], 1, integer) << (scores.dtype.primitive_bitwidth - 1)
-    bits = tl.where(scores == 0, 0, scores.to(integer, bitcast=True))
+    bits = scores.to(integer, bitcast=True)
     ones = sign | (sign - 1)
     return tl.where(scores == scores, bits ^ tl.where(bits >= sign, ones, sign), 1)
 
@@ -81,7 +80,7 @@ def _best(keys, count, COUNTS_FIT: tl.constexpr):
 
 @triton.jit
 def _near(anchors, token, frame, width, RULE: tl.constexpr, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Which tokens are neighbours of an anchor in their own frame (Eq. 5): reference._neighbors, seen from the token."""
+    """Which tokens are neighbours of an anchor in their frame (Eq. 5): reference._neighbors, seen from the token."""
     place = token % frame  # within the frame
     row, column = place // width, place % width
     chosen = anchors.to(tl.int32)
@@ -155,7 +154,7 @@ def select_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Program (i, s) selects for image i; it writes and gathers rows s * rows_per_program and on, and s = 0 the roles."""
+    """Program (i, s) selects for image i and gathers its rows from s * rows_per_program; s = 0 writes the roles."""
     image, part = tl.program_id(0), tl.program_id(1)
     tokens, frame, width = _size(images, 0), _size(images, 1), _size(images, 2)
     budget, anchor_limit = _size(images, 3), _size(images, 4)
@@ -293,7 +292,7 @@ def _plan(
 
 
 def _warps(tokens: int) -> int:
-    # Eight tokens per thread need no spills and leave every reduction enough threads; four warps hide each other's waits.
+    # Eight tokens per thread spill no registers; 16384 tokens are sixteen each and spill a few (bench/results/aot.md).
     return max(4, min(32, triton.next_power_of_2(tokens) // 256))
 
 
@@ -394,7 +393,7 @@ def select_tokens(object_scores: Tensor, deep_scores: Tensor, *arguments) -> tup
         indices, roles: as the operator.
 
     Example:
-        >>> indices, roles = select_tokens(partial_sums, deep[:, None], None, [1, 24, 24], [192], 1, *options)
+        >>> indices, roles = select_tokens(sums, deep[:, None], None, [1, 24, 24], [192], 1, *options)
     """
     return _select(None, object_scores, deep_scores, *arguments)[1:]
 
@@ -402,16 +401,19 @@ def select_tokens(object_scores: Tensor, deep_scores: Tensor, *arguments) -> tup
 def prune_tokens(
     features: Tensor, object_scores: Tensor, deep_scores: Tensor, *arguments
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`select_tokens`, and in the same launch the kept rows of `features` [B, P + N, C] or [T, C]; any dtype, any strides.
+    """`select_tokens`, and in the same launch the kept rows of `features`.
+
+    Args:
+        features: [B, P + N, C] or [T, C], any dtype and strides.
+        object_scores, deep_scores, arguments: as `select_tokens`.
 
     Returns:
         kept, indices, roles: as `torch.ops.hiprune.prune_tokens`.
 
     Example:
-        >>> kept, indices, roles = prune_tokens(features, objects[:, None], deep[:, None], None, grids, budgets, 1, *options)
+        >>> kept, indices, roles = prune_tokens(features, sums, deep[:, None], None, [1, 24, 24], [192], 1, *options)
     """
     return _select(features, object_scores, deep_scores, *arguments)
-
 
 
 def aot_variants() -> list[tuple]:
@@ -421,10 +423,12 @@ def aot_variants() -> list[tuple]:
     signature |= {"mask_ptr": "*u8", "features_ptr": "*i16", "kept_ptr": "*i16", "images": ("fp32",) * 5}
     signature |= dict.fromkeys(("channels", "stride_fi", "stride_ft"), "i32:16")
 
-    def variant(name, tokens, rule="paper", neighborhood="cross", keep_roles=ROLE_NAMES, missing=("mask_ptr",), **types):
-        packed = "images" in types
-        constants = _constants(packed, tokens, 2, rule, neighborhood, keep_roles)
-        constants |= {"object_slots": 1, "deep_slots": 1, "stride_ot": 1, "stride_dt": 1, "stride_mt": 1, "stride_fc": 1, **dict.fromkeys(missing)}
+    def variant(
+        name, tokens, rule="paper", neighborhood="cross", keep_roles=ROLE_NAMES, missing=("mask_ptr",), **types
+    ):
+        constants = _constants("images" in types, tokens, 2, rule, neighborhood, keep_roles)
+        ones = ("object_slots", "deep_slots", "stride_ot", "stride_dt", "stride_mt", "stride_fc")
+        constants |= {**dict.fromkeys(set(ones) - set(types), 1), **dict.fromkeys(missing)}
         return f"selection {name}", select_kernel, signature | types, constants, _warps(tokens), 3
 
     select_only = ("mask_ptr", "features_ptr", "kept_ptr")
@@ -439,6 +443,7 @@ def aot_variants() -> list[tuple]:
         variant("CLIP-L 576, float64 scores", 576, **doubles),
         variant("CLIP-L 576, float32 features", 576, features_ptr="*i32", kept_ptr="*i32"),
         variant("CLIP-L 576, indices only", 576, missing=select_only),
+        variant("CLIP-L 576, partial sums", 576, object_slots="i32", deep_slots="i32"),
         variant("CLIP-L 576, square", 576, neighborhood="square"),
         variant("CLIP-L 576, grid", 576, rule="grid"),
         variant("CLIP-L 576, official", 576, rule="official"),

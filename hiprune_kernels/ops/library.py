@@ -17,6 +17,8 @@ CPU_KERNELS = importlib.util.find_spec("hiprune_kernels._C") is not None
 if CPU_KERNELS:
     import hiprune_kernels._C  # noqa: F401
 
+TRITON = importlib.util.find_spec("triton") is not None  # imported at the first CUDA call
+NO_TRITON = "Triton is not installed"
 NO_CPU_KERNELS = "the C++ kernels were not built (install with torch present and --no-build-isolation)"
 
 
@@ -53,8 +55,7 @@ def kernel_status() -> list[KernelStatus]:
     else:
         status += [KernelStatus("cpu", family, "PyTorch", NO_CPU_KERNELS) for family in ("attention", "selection")]
     if torch.cuda.is_available():
-        status += [
-            KernelStatus("cuda", family, "PyTorch", "this version has no GPU kernels")
-            for family in ("attention", "selection")
-        ]
+        status.append(KernelStatus("cuda", "attention", "PyTorch", "this version has no GPU kernels"))
+        triton = ("Triton", "") if TRITON else ("PyTorch", NO_TRITON)
+        status.append(KernelStatus("cuda", "selection", *triton))
     return status

@@ -1,8 +1,9 @@
 """Token selection: anchors, buffers, registers, and the gather of their rows.
 
 From here to the kernel: `prune_tokens` -> `torch.ops.hiprune.prune_tokens` -> csrc/selection.cpp, which covers every
-CPU call; devices without a kernel go to `hiprune_kernels.reference`. The operators take one grid and one budget per
-packed image; two-dimensional scores are a batch that shares both.
+CPU call, or kernels/selection.py on GPUs. What that does not cover (`cuda_kernel_gap`) and devices without a kernel go
+to `hiprune_kernels.reference`. The operators take one grid and one budget per packed image; two-dimensional scores are
+a batch that shares both.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 from .. import reference
 from ..budget import ROLE_NAMES, check_selection_options
 from .checks import check_budget, check_floating, check_grid, check_like, check_mask, check_shape, check_tensor
-from .library import library, warn_without_cpu_kernels
+from .library import NO_TRITON, TRITON, library, warn_without_cpu_kernels
 
 # ---------------------------------------------------------------------------------------------- public functions
 
@@ -310,6 +311,41 @@ def _select_reference(object_scores, deep_scores, *arguments):
 def _prune_reference(features, object_scores, deep_scores, *arguments):
     prune = reference.prune_tokens if object_scores.dim() == 2 else reference.prune_tokens_varlen
     return prune(features, object_scores, deep_scores, **_reference_arguments(object_scores, *arguments))
+
+
+def cuda_kernel_gap(grids: Sequence[int]) -> str:
+    """Why kernels/selection.py does not cover a CUDA call on these grids (t, h, w of each image), or "" where it does.
+
+    The reference serves what it does not cover; it synchronises, and cannot be captured in a CUDA graph.
+    """
+    if not TRITON:
+        return NO_TRITON
+    from ..kernels.selection import MAX_TOKENS
+
+    most = max((math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), default=0)
+    return "" if most <= MAX_TOKENS else f"an image of {most} tokens, above {MAX_TOKENS}"
+
+
+@torch.library.impl(library, "select_tokens", "CUDA")
+def _select_cuda(object_scores, deep_scores, candidate_mask, grids, *arguments):
+    if cuda_kernel_gap(grids):
+        return _select_reference(object_scores, deep_scores, candidate_mask, grids, *arguments)
+    from ..kernels import selection
+
+    scores = object_scores.unsqueeze(-2), deep_scores.unsqueeze(-2)  # the kernel also takes partial sums
+    with torch.cuda.device_of(object_scores):
+        return selection.select_tokens(*scores, candidate_mask, grids, *arguments)
+
+
+@torch.library.impl(library, "prune_tokens", "CUDA")
+def _prune_cuda(features, object_scores, deep_scores, candidate_mask, grids, *arguments):
+    if cuda_kernel_gap(grids):
+        return _prune_reference(features, object_scores, deep_scores, candidate_mask, grids, *arguments)
+    from ..kernels import selection
+
+    scores = object_scores.unsqueeze(-2), deep_scores.unsqueeze(-2)
+    with torch.cuda.device_of(object_scores):
+        return selection.prune_tokens(features, *scores, candidate_mask, grids, *arguments)
 
 
 @torch.library.register_fake("hiprune::select_tokens", lib=library)

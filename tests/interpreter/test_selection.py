@@ -10,6 +10,7 @@ from test_ops_selection import ROLE_CHOICES, draw_case, draw_scores
 from hiprune_kernels import reference
 from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES
 from hiprune_kernels.kernels import selection
+from hiprune_kernels.ops.selection import _prune_cuda, _select_cuda, cuda_kernel_gap
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "few_programs")
 DEFAULTS = {"alpha": 0.1, "rule": "paper", "neighborhood": "cross", "keep_roles": ROLE_NAMES, "candidate_mask": None}
@@ -220,4 +221,19 @@ def test_indices_alone():
     options = {"grid": (24, 24), "budget": 192, "num_prefix_tokens": 1}
     result = selection.select_tokens(objects[:, None], deeps[:, None], *launcher_arguments(options))
     for x, y in zip(result, reference.select_tokens(objects, deeps, **options)):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("grid", [(5, 7), (1, 16385)])
+def test_dispatch(grid):
+    """What the CUDA operators call: the kernel, or the reference for a larger image."""
+    count = math.prod(grid)
+    objects, deeps, features = torch.rand(2, count), torch.rand(2, count), torch.randn(2, count, 3)
+    options = {"grid": grid, "budget": 9}
+    arguments = launcher_arguments(options)
+    assert cuda_kernel_gap(arguments[1]) == ("an image of 16385 tokens, above 16384" if count > 16384 else "")
+    assert cuda_kernel_gap([1, 128, 128]) == cuda_kernel_gap([]) == ""
+    expected = run_reference(features, objects, deeps, options)
+    result = _prune_cuda(features, objects, deeps, *arguments), _select_cuda(objects, deeps, *arguments)
+    for x, y in zip((*result[0], *result[1]), (*expected, *expected[1:])):
         assert torch.equal(x, y)
