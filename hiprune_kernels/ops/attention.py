@@ -1,8 +1,9 @@
 """Column-sum attention scores, alone or together with the attention output.
 
 From here to the kernel: `attention_with_scores` -> `torch.ops.hiprune.attention_with_scores` -> `_with_scores_cpu` ->
-csrc/attention.cpp. What the kernel does not cover (`cpu_kernel_gap`) and devices without a kernel go to
-`hiprune_kernels.reference`. The operators take dense tensors [B, H, M, D], or packed [T, H, D] with `cu_seqlens_q`.
+csrc/attention.cpp, or `_with_scores_cuda` -> kernels/attention.py. What the kernels do not cover (`cpu_kernel_gap`,
+`cuda_kernel_gap`) and devices without a kernel go to `hiprune_kernels.reference`. The operators take dense tensors
+[B, H, M, D], or packed [T, H, D] with `cu_seqlens_q`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .checks import check_choice, check_floating, check_like, check_mask, check_number, check_shape, check_tensor
-from .library import CPU_KERNELS, NO_CPU_KERNELS, library, warn_without_cpu_kernels
+from .library import CPU_KERNELS, NO_CPU_KERNELS, gpu_gap, library, warn_without_cpu_kernels
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -371,6 +372,18 @@ def cpu_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reductio
     if not CPU_KERNELS:
         warn_without_cpu_kernels()
         return NO_CPU_KERNELS
+    return _kernel_gap(tensors, query_reduction, head_reduction)
+
+
+def cuda_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reduction: str = "mean") -> str:
+    """Why kernels/attention.py does not cover a CUDA call on query, key (and value), or "" where it does."""
+    rows = [x.stride(0 if x.dim() == 3 else 2) for x in tensors]
+    if max(rows) >= 2**23:  # offsets within a tile of 256 rows are 32-bit
+        return f"a row stride of {max(rows)}, 2**23 or more"
+    return gpu_gap(tensors[0].device) or _kernel_gap(tensors, query_reduction, head_reduction)
+
+
+def _kernel_gap(tensors: tuple[Tensor, ...], query_reduction: str, head_reduction: str) -> str:
     if "max" in (query_reduction, head_reduction):
         return 'the reduction "max"'
     if tensors[0].dtype == torch.float64:
@@ -396,23 +409,59 @@ def _cpu_kernel(
     )
 
 
+def _cuda_kernel(query, *arguments) -> tuple[Tensor | None, Tensor]:
+    from ..kernels.attention import attention  # Triton is loaded by the first CUDA call
+
+    major, minor = torch.cuda.get_device_capability(query.device)
+    with torch.cuda.device_of(query):
+        return attention(query, *arguments, architecture=10 * major + minor)
+
+
 def query_counts(num_queries: int, num_keys: int, causal: bool, query_mask: Tensor | None, device) -> Tensor:
     """`reference.counted_queries` of visible keys, without the M x N mask: [N], or [B, N] with a query mask [B, M]."""
-    counted = torch.ones(num_queries, device=device) if query_mask is None else query_mask.float()
-    ending = counted.flip(-1).cumsum(-1).flip(-1)  # counted queries from m on
-    ending = torch.nn.functional.pad(ending, (0, 1))
-    first = torch.arange(num_keys, device=device) - (num_keys - num_queries) if causal else torch.zeros(num_keys)
-    return ending[..., first.clamp(0, num_queries).long()].clamp(min=1)  # the first query that sees each key
+    before = _counted_before(num_queries, query_mask, device)
+    if not causal:
+        return before[..., -1:].clamp(min=1).expand(*before.shape[:-1], num_keys)
+    first = torch.arange(num_keys, device=device) - (num_keys - num_queries)  # query that sees each key
+    return (before[..., -1:] - before[..., first.clamp(0, num_queries)]).clamp(min=1)
 
 
-def _packed_query_counts(query, key, cu_seqlens_q, cu_seqlens_k, causal, query_mask) -> Tensor:  # [Tk]
-    parts_q = reference.segments(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
-    parts_k = reference.segments(cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k, key.shape[0], "cu_seqlens_k")
-    counts = [key.new_empty(0, dtype=torch.float32)]
-    for q, k in zip(parts_q, parts_k):
-        mask = None if query_mask is None else query_mask[q]
-        counts.append(query_counts(q.stop - q.start, k.stop - k.start, causal, mask, query.device))
-    return torch.cat(counts)
+def _counted_before(num_queries: int, query_mask: Tensor | None, device) -> Tensor:
+    """How many counted queries stand before each, and in all: [M + 1] or [B, M + 1]."""
+    counted = torch.ones(num_queries, dtype=torch.int64, device=device) if query_mask is None else query_mask
+    return torch.nn.functional.pad(counted.cumsum(-1), (1, 0))
+
+
+def packed_query_counts(query, key, cu_seqlens_q, cu_seqlens_k, causal, query_mask) -> Tensor:
+    """`query_counts` of packed sequences, [Tk]. The lengths stay on the device: bad ones give a wrong answer only."""
+    total, last = query.shape[0], len(cu_seqlens_q) - 2
+    before = _counted_before(total, query_mask, query.device)
+    ends_k = (cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k)[1:].long()
+    columns = torch.arange(key.shape[0], device=key.device)
+    segment = torch.bucketize(columns, ends_k, right=True).clamp(max=last)
+    first, end = cu_seqlens_q[segment].long(), cu_seqlens_q[segment + 1].long()
+    if causal:  # right-aligned: compare the distances to the sequence's end
+        first = torch.maximum(first, end - ends_k[segment] + columns)
+    return (before[end.clamp(0, total)] - before[first.clamp(0, total)]).clamp(min=1)
+
+
+def _reductions(options: dict) -> dict:
+    return {name: options[name] for name in ("query_reduction", "head_reduction")}
+
+
+def _scores_of(kernel, query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask, *, scale, causal, **options):
+    query_reduction, head_reduction = options["query_reduction"], options["head_reduction"]
+    tensors = (query, key, None, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask)
+    per_head, score_scale = head_reduction == "none", 1 / query.shape[1] if head_reduction == "mean" else 1.0
+    _, scores = kernel(*tensors, scale, causal, per_head, score_scale)
+    if query_reduction == "sum" or not scores.numel():
+        return scores
+    if cu_seqlens_q is not None:
+        counts = packed_query_counts(query, key, cu_seqlens_q, cu_seqlens_k, causal, query_mask)
+    else:
+        counts = query_counts(query.shape[2], key.shape[2], causal, query_mask, query.device)
+        counts = counts[:, None] if counts.dim() == 2 and per_head else counts
+    return scores.div_(counts)
 
 
 @torch.library.impl(library, "attention_scores", "CompositeExplicitAutograd")
@@ -432,21 +481,17 @@ def _scores_reference(
 
 
 @torch.library.impl(library, "attention_scores", "CPU")
-def _scores_cpu(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask, **options):
-    query_reduction, head_reduction = options["query_reduction"], options["head_reduction"]
-    if cpu_kernel_gap(query, key, query_reduction=query_reduction, head_reduction=head_reduction):
-        return _scores_reference(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask, **options)
-    tensors = (query, key, None, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask)
-    per_head, score_scale = head_reduction == "none", 1 / query.shape[1] if head_reduction == "mean" else 1.0
-    _, scores = _cpu_kernel(*tensors, options["scale"], options["causal"], per_head, score_scale)
-    if query_reduction == "sum":
-        return scores
-    if cu_seqlens_q is not None:
-        counts = _packed_query_counts(query, key, cu_seqlens_q, cu_seqlens_k, options["causal"], query_mask)
-    else:
-        counts = query_counts(query.shape[2], key.shape[2], options["causal"], query_mask, query.device)
-        counts = counts[:, None] if counts.dim() == 2 and per_head else counts
-    return scores.div_(counts)
+def _scores_cpu(query, key, *tensors, **options):
+    if cpu_kernel_gap(query, key, **_reductions(options)):
+        return _scores_reference(query, key, *tensors, **options)
+    return _scores_of(_cpu_kernel, query, key, *tensors, **options)
+
+
+@torch.library.impl(library, "attention_scores", "CUDA")
+def _scores_cuda(query, key, *tensors, **options):
+    if cuda_kernel_gap(query, key, **_reductions(options)):
+        return _scores_reference(query, key, *tensors, **options)
+    return _scores_of(_cuda_kernel, query, key, *tensors, **options)
 
 
 @torch.library.register_fake("hiprune::attention_scores", lib=library)
@@ -474,6 +519,14 @@ def _with_scores_cpu(query, key, value, *tensors, scale, causal, max_seqlen_q):
         options = {"scale": scale, "causal": causal, "max_seqlen_q": max_seqlen_q}
         return _with_scores_reference(query, key, value, *tensors, **options)
     return _cpu_kernel(query, key, value, *tensors, scale, causal, False, 1 / query.shape[1])
+
+
+@torch.library.impl(library, "attention_with_scores", "CUDA")
+def _with_scores_cuda(query, key, value, *tensors, scale, causal, max_seqlen_q):
+    if cuda_kernel_gap(query, key, value):
+        options = {"scale": scale, "causal": causal, "max_seqlen_q": max_seqlen_q}
+        return _with_scores_reference(query, key, value, *tensors, **options)
+    return _cuda_kernel(query, key, value, *tensors, scale, causal, False, 1 / query.shape[1])
 
 
 @torch.library.register_fake("hiprune::attention_with_scores", lib=library)

@@ -28,6 +28,17 @@ def warn_without_cpu_kernels() -> None:
     warnings.warn(f"hiprune_kernels: {NO_CPU_KERNELS}; CPU calls use the PyTorch reference", stacklevel=3)
 
 
+def gpu_gap(device: torch.device | None = None) -> str:
+    """Why the Triton attention kernels do not serve a GPU (the current one by default), or "" where they do."""
+    if not TRITON:
+        return NO_TRITON
+    if torch.version.hip is not None:
+        return "an AMD GPU, where the kernels are not tested"
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return "a GPU older than compute capability 8.0"
+    return ""
+
+
 class KernelStatus(NamedTuple):
     """What serves one family of operators on one device."""
 
@@ -55,7 +66,7 @@ def kernel_status() -> list[KernelStatus]:
     else:
         status += [KernelStatus("cpu", family, "PyTorch", NO_CPU_KERNELS) for family in ("attention", "selection")]
     if torch.cuda.is_available():
-        status.append(KernelStatus("cuda", "attention", "PyTorch", "this version has no GPU kernels"))
+        status.append(KernelStatus("cuda", "attention", "PyTorch" if gpu_gap() else "Triton", gpu_gap()))
         triton = ("Triton", "") if TRITON else ("PyTorch", NO_TRITON)
         status.append(KernelStatus("cuda", "selection", *triton))
     return status

@@ -1,0 +1,1 @@
+"""Triton kernels for GPUs and their launchers, imported at the first CUDA call only."""

@@ -1,0 +1,383 @@
+"""Attention with column scores on GPUs: which Triton kernels run, with which blocks, and their launches.
+
+A column score is a sum over the rows of softmax(scale Q K^T) (Eq. 2 of the paper), and a row's maximum and sum are
+known only after all of its keys: no exact one-pass scheme exists unless the probabilities are kept. `plan` chooses a
+path:
+
+    strip    all logits of a block of queries stay in registers: exp and Q K^T once. For few keys.
+    sweeps   one launch: a flash-attention sweep over the keys, then a second sweep for the probabilities, transposed
+             (keys x queries), so that queries lie along a thread's registers and their sum is cheap.
+    passes   two launches and O(N) extra memory: output and log-sum-exp of each row (LSE), then the scores. The scores
+             pass owns a block of keys, adds up probabilities elementwise and reduces over rows once, at the end (a
+             reduction per step costs twice the instructions). For many keys, and for packed sequences.
+    flash, cudnn    as passes, with output and LSE from PyTorch's own attention.
+
+Nothing is added atomically: partial scores stand in fixed slots, [B, Hq, slots, N], and are added in a fixed order.
+Block shapes and slots follow from (M, N, H, D, dtype, architecture), never from the batch, so results are the same bits
+from run to run and whatever else is in the batch. Packed sequences are cut into blocks that begin where their sequence
+does, for the same reason; the grid's size is fixed and programs find their sequence in `cu_seqlens` by bisection, so
+nothing waits for the host. Every offset that is read on the device is clamped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from .attention_kernels import attention_kernel, reduce_kernel, scores_kernel, strip_kernel
+
+LOG2_E = math.log2(math.e)  # the kernels work in base 2
+BORROWED = ("flash", "cudnn")
+
+# ---------------------------------------------------------------------------------------------------------- the table
+
+
+class Blocks(NamedTuple):
+    """Tile and launch of one kernel."""
+
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+
+class Plan(NamedTuple):
+    """How a call is computed."""
+
+    path: str
+    attention: Blocks
+    scores: Blocks | None = None  # of the scores pass, as are the splits
+    splits: int = 1  # shares of the queries
+
+
+def plan(
+    M: int,
+    N: int,
+    heads: int,
+    D: int,
+    dtype: torch.dtype,
+    architecture: int,
+    *,
+    packed: bool = False,
+    borrow: bool = False,
+    path: str | None = None,
+) -> Plan:
+    """The table. Its reasons are registers and instructions of compiled code; no time has been measured yet.
+
+    Per step of 32 logits a thread (sm_90, D = 64): scores pass 190 instructions, LSE alone 224, with output 317, second
+    sweep 198. The 32 exponentials take the equivalent of 256 issue slots, so the passes without output are bound by
+    them. Registers and thread blocks per multiprocessor there: strip of 64 keys 80 and 6, of 256 keys 255 and 2; sweeps
+    160 and 3; passes 108 to 110 and 4 (or 2 of twice the size); scores pass 80 to 95 and 5 (or 3). No spills, but where
+    said. Two rules: chained products want block_m >= 16 warps, or tiles bounce through shared memory; everything fits
+    the 99 KB of sm_86, sm_89 and sm_120.
+
+    Args:
+        M, N: queries and keys; of no account where `packed`, since lengths then stand on the device.
+        architecture: 90 for compute capability 9.0.
+        borrow: whether PyTorch's flash attention covers the call and its output is wanted.
+        path: take this path whatever the table says.
+
+    Example:
+        >>> plan(577, 577, 16, 64, torch.bfloat16, 90).path, plan(4096, 4096, 16, 80, torch.bfloat16, 90).path
+        ('sweeps', 'passes')
+    """
+    half = dtype != torch.float32
+    if not half:  # three products and split operands: small tiles. From D = 128 on some registers spill.
+        attention = Blocks(64, 32, 4, 2) if D <= 32 else Blocks(64, 16, 4, 2 if D <= 96 else 1)
+        scores = Blocks(64, 32, 4, 2) if D <= 96 else Blocks(64, 32, 8, 1)
+        if D > 128:
+            attention = scores = Blocks(32, 16, 4, 1)
+    elif D > 128:
+        attention, scores = Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 1)
+    elif D > 80:
+        attention = scores = Blocks(64, 64, 4, 2)
+    else:
+        attention = scores = Blocks(64, 64, 4, 3)
+
+    # sm_90 alone keeps a strip of 256 keys without spills, up to D = 64.
+    strip = 256 if architecture == 90 and D <= 64 else 128
+    if path is None:
+        if packed:
+            path = "passes"  # sweeps would need a slot per block of the longest sequence, which the host does not know
+        elif half and D <= 128 and strip >= N:
+            path = "strip"
+        elif N <= 1024 and (half or D <= 64):
+            path = "sweeps"  # above, M N / 64 partial sums a head begin to weigh as much as the queries
+        elif borrow and architecture in (80, 86, 89) and heads * triton.cdiv(M, 64) >= 256:
+            # FlashAttention-2 was written for these. It splits the keys, by a rule that counts the batch, only where
+            # one block per 64 queries leaves multiprocessors idle: with 256 blocks per batch entry it never does.
+            path = "flash"
+        else:
+            path = "passes"
+    if path == "strip":
+        return Plan(path, Blocks(64, max(16, triton.next_power_of_2(N)), 4, 1))
+    if path == "sweeps":
+        return Plan(path, attention)
+    if packed:
+        return Plan(path, attention, scores)
+    if half and D <= 80:  # long sequences: fewer blocks read the same keys, or queries, again
+        attention = Blocks(128, 64, 8, 3)
+        if D <= 64:
+            scores = Blocks(64, 128, 8, 3)
+    # Few keys and many queries: shares of at least 8 blocks, until one batch entry fills a GPU about four times over.
+    programs = heads * triton.cdiv(N, scores.block_n)
+    splits = max(1, min(512 // programs, M // (8 * scores.block_m)))
+    return Plan(path, attention, scores, splits)
+
+
+# ---------------------------------------------------------------------------------------------------------- launchers
+
+
+def _launch(kernel, programs: int, arguments: dict, constants: dict, blocks: Blocks) -> None:
+    kernel[(programs,)](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
+
+
+def _split_head_dim(D: int) -> tuple[int, int]:
+    """D in at most two powers of two, from 16 on: 80 is 64 + 16."""
+    first = max(16, 1 << (D.bit_length() - 1))
+    second = max(16, triton.next_power_of_2(D - first)) if first < D else 0
+    return (first, second) if second < first else (2 * first, 0)
+
+
+def _empty_output(query: Tensor, packed: bool) -> Tensor:
+    if packed:
+        return query.new_empty(query.shape)
+    return query.new_empty(query.transpose(1, 2).shape).transpose(1, 2)
+
+
+def _strides(x: Tensor | None, packed: bool) -> tuple[int, int, int]:
+    """Strides over batch, heads and rows of [B, H, M, D], or of packed [T, H, D]."""
+    if x is None:
+        return 0, 0, 0
+    return (0, x.stride(1), x.stride(0)) if packed else x.stride()[:3]
+
+
+def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
+    if mask is None:
+        return 0, 0
+    return (0, mask.stride(0)) if mask.dim() == 1 else mask.stride()
+
+
+def _reduced(partial: Tensor, per_head: bool, factor: float, launch: Callable) -> Tensor:
+    """[B, H, slots, N] to [B, H, N] or [B, N]."""
+    B, heads, slots, N = partial.shape
+    rows, slots = (B * heads, slots) if per_head else (B, heads * slots)
+    scores = partial.new_empty(B, heads, N) if per_head else partial.new_empty(B, N)
+    arguments = {"partial_ptr": partial, "scores_ptr": scores, "slots": slots, "N": N, "factor": factor}
+    constants = {"ROWS": 32 if slots > 16 else 16, "BLOCK_N": 32}
+    launch(reduce_kernel, rows * triton.cdiv(N, 32), arguments, constants, Blocks(32, 32, 4, 2))
+    return scores
+
+
+def _borrowable(query: Tensor, key: Tensor, value: Tensor, causal: bool, key_mask: Tensor | None) -> bool:
+    """Whether PyTorch's flash attention covers the call (`plan` says whether it is wanted)."""
+    (_, heads, M, D), (_, heads_k, N, _) = query.shape, key.shape
+    if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8:
+        return False
+    if causal and M != N:  # aligned otherwise there
+        return False
+    # It reads 16 bytes at a time.
+    return all(x.data_ptr() % 16 == 0 and math.gcd(8, *x.stride()[:3]) == 8 for x in (query, key, value))
+
+
+def _borrowed(
+    path: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """PyTorch's attention: output and natural LSE [B, H, M]."""
+    if path == "flash":
+        forward = torch.ops.aten._scaled_dot_product_flash_attention.default
+        output, lse, *_ = forward(query, key, value, is_causal=causal, scale=scale)
+    else:
+        forward = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+        output, lse, *_ = forward(query, key, value, None, True, is_causal=causal, scale=scale)
+    output = output.transpose(1, 2).contiguous().transpose(1, 2)  # a copy only where the memory order is another
+    return output, lse.reshape(query.shape[:3])
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+    scale: float | None,
+    causal: bool,
+    per_head: bool,
+    score_factor: float,
+    *,
+    architecture: int,
+    path: str | None = None,
+    launch: Callable = _launch,
+) -> tuple[Tensor | None, Tensor]:
+    """Output (None without `value`) and scores times `score_factor`, summed over the heads unless `per_head`.
+
+    Tensors as in `hiprune_kernels.attention_with_scores` and its varlen form. `path` and `launch` take the place of the
+    table's choice and of the launch, for tests, benchmarks and ahead-of-time compilation.
+    """
+    packed = cu_seqlens_q is not None
+    if packed:
+        (M, heads, D), (N, heads_k, _), B = query.shape, key.shape, 1
+        cu_seqlens_q = cu_seqlens_q.contiguous()
+        cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k.contiguous()
+        segments = len(cu_seqlens_q) - 1
+    else:
+        (B, heads, M, D), (_, heads_k, N, _), segments = query.shape, key.shape, 0
+    if B * M * N == 0 or (packed and segments == 0):
+        shape = ([] if packed else [B]) + ([heads] if per_head else []) + [N]
+        output = None if value is None else _empty_output(query, packed).zero_()
+        return output, query.new_zeros(shape, dtype=torch.float32)
+
+    scale = D**-0.5 if scale is None else scale
+    borrow = value is not None and not packed and _borrowable(query, key, value, causal, key_mask)
+    chosen = plan(M, N, heads, D, query.dtype, architecture, packed=packed, borrow=borrow, path=path)
+    output = None if value is None or chosen.path in BORROWED else _empty_output(query, packed)
+    D1, D2 = _split_head_dim(D)
+    constants = {"CAUSAL": causal, "NEGATE": scale < 0, "D": D, "D1": D1, "D2": D2}
+    row_strides = [n for x in (query, key, value, output) for n in _strides(x, packed)]
+    constants["ALIGN"] = math.gcd(16, *row_strides)
+    sequences = {
+        "q_ptr": query,
+        "q_strides": _strides(query, packed),
+        "k_ptr": key,
+        "k_strides": _strides(key, packed),
+        "key_mask_ptr": key_mask,
+        "key_mask_strides": _mask_strides(key_mask),
+        "query_mask_ptr": query_mask,
+        "query_mask_strides": _mask_strides(query_mask),
+        "heads": heads,
+        "group": heads // heads_k,
+        "M": M,
+        "N": N,
+        "logit_scale": max(abs(scale) * LOG2_E, 2.0**-126),
+    }
+    lengths = {"lengths_q_ptr": cu_seqlens_q, "lengths_k_ptr": cu_seqlens_k, "segments": segments}
+    values = {
+        "v_ptr": value,
+        "v_strides": _strides(value, packed),
+        "output_ptr": output,
+        "output_strides": _strides(output, packed),
+    }
+
+    def shape(blocks: Blocks) -> dict:
+        return {**constants, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
+
+    blocks = chosen.attention
+    slots = triton.cdiv(M, blocks.block_m)
+    programs = B * heads * (M // blocks.block_m + segments if packed else slots)
+    if chosen.path in ("strip", "sweeps"):
+        partial = query.new_empty(B, heads, slots, N, dtype=torch.float32)
+        arguments = {**sequences, **values, "partial_ptr": partial}
+        if chosen.path == "strip":
+            launch(strip_kernel, programs, arguments, shape(blocks), blocks)
+        else:
+            launch(attention_kernel, programs, {**arguments, **lengths, "lse_ptr": None}, shape(blocks), blocks)
+    else:
+        lse_scale = 1.0
+        if chosen.path in BORROWED:
+            output, lse = _borrowed(chosen.path, query, key, value, scale, causal)
+            lse_scale = LOG2_E
+        else:
+            lse = query.new_empty(B, heads, M, dtype=torch.float32)
+            arguments = {**sequences, **lengths, **values, "lse_ptr": lse, "partial_ptr": None}
+            launch(attention_kernel, programs, arguments, shape(blocks), blocks)
+        blocks = chosen.scores
+        split_rows = triton.cdiv(triton.cdiv(M, chosen.splits), blocks.block_m) * blocks.block_m
+        splits = triton.cdiv(M, split_rows)
+        partial = query.new_empty(B, heads, splits, N, dtype=torch.float32)
+        arguments = {**sequences, **lengths, "lse_ptr": lse, "lse_strides": lse.stride()[:2], "lse_scale": lse_scale}
+        arguments |= {"partial_ptr": partial, "splits": splits, "split_rows": split_rows}
+        programs = B * heads * splits * (N // blocks.block_n + segments if packed else triton.cdiv(N, blocks.block_n))
+        launch(scores_kernel, programs, arguments, shape(blocks), blocks)
+    scores = _reduced(partial, per_head, score_factor, launch)
+    return output, scores[0] if packed else scores
+
+
+# ------------------------------------------------------------------------------------------- ahead-of-time compilation
+
+_SHAPES = {  # queries and keys, heads, key heads, D: what encoders and language models have
+    "clip_b32": (50, 12, 12, 64),
+    "deit": (198, 12, 12, 64),
+    "clip_l": (577, 16, 16, 64),
+    "siglip": (729, 16, 16, 72),
+    "d128": (1024, 25, 25, 128),
+    "d256": (1024, 8, 4, 256),
+    "vjepa2": (2048, 16, 16, 64),
+    "qwen": (4096, 16, 16, 80),
+    "llm": (4096, 32, 8, 128),
+}
+
+
+def aot_variants() -> list[tuple]:
+    """What the table can launch, for `bench/aot.py`: name, function, signature, constexprs, warps, stages.
+
+    The launcher itself makes the list, from tensors without data.
+    """
+    found = {}
+
+    def record(case: str, **options) -> None:
+        def launch(kernel, programs: int, arguments: dict, constants: dict, blocks: Blocks) -> None:
+            signature = {}
+            for name, x in arguments.items():
+                if x is None or (type(x) is int and x == 1):  # Triton compiles these in
+                    constants = {**constants, name: x}
+                else:
+                    signature[name] = tuple(map(_kind, x)) if isinstance(x, tuple) else _kind(x)
+            rest = (kernel, signature, constants, blocks.warps, blocks.stages)
+            if rest not in found.values():
+                found[f"{kernel.__name__}/{case}"] = rest
+
+        _example_call(launch=launch, **options)
+
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        short = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+        for shape in _SHAPES if dtype != torch.float16 else ("clip_b32", "clip_l", "qwen"):
+            for output in (True, False):
+                record(f"{shape}/{short}/{'output' if output else 'scores'}", shape=shape, dtype=dtype, output=output)
+        record(f"qwen_packed/{short}/output", shape="qwen", dtype=dtype, packed=True)
+    bf16 = {"dtype": torch.bfloat16, "masked": True}
+    for shape in ("clip_b32", "clip_l", "vjepa2"):
+        record(f"{shape}/bf16/masked", shape=shape, **bf16)
+        record(f"{shape}/bf16/masked_causal", shape=shape, causal=True, **bf16)
+    record("qwen_packed/bf16/masked_causal", shape="qwen", causal=True, packed=True, **bf16)
+    record("deit/bf16/output_sweeps", shape="deit", dtype=torch.bfloat16, architecture=80)
+    return [(name, *rest) for name, rest in found.items()]
+
+
+def _kind(x: object) -> str:
+    if isinstance(x, Tensor):
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.bool: "i1"}
+        return "*" + names.get(x.dtype, "i32")
+    if isinstance(x, float):
+        return "fp32"
+    return "i32:16" if x % 16 == 0 else "i32"
+
+
+def _example_call(
+    *,
+    shape: str,
+    dtype: torch.dtype,
+    launch: Callable,
+    output: bool = True,
+    packed: bool = False,
+    masked: bool = False,
+    causal: bool = False,
+    architecture: int = 90,
+) -> None:
+    N, heads, heads_k, D = _SHAPES[shape]
+    query, key, value = (torch.empty(2, N, h, D, dtype=dtype, device="meta") for h in (heads, heads_k, heads_k))
+    mask = torch.empty(2, N, dtype=torch.bool, device="meta") if masked else None
+    cu_seqlens = torch.empty(9, dtype=torch.int32, device="meta") if packed else None
+    if packed:
+        query, key, value = query[0], key[0], value[0]
+        mask = None if mask is None else mask[0]
+    else:
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    tensors = (query, key, value if output else None, cu_seqlens, None, mask, mask)
+    attention(*tensors, None, causal, False, 1 / heads, architecture=architecture, launch=launch)
