@@ -349,6 +349,63 @@ def test_second_turn(stock, patched, new_image, only_new):
     assert torch.equal(sequences[:, turn["input_ids"].shape[1] :], expected)
 
 
+def by_hand(model, turns, masked):
+    """Logits of the last column after each turn of a conversation in one growing cache."""
+    logits, cache, mask = [], None, torch.zeros(2, 0, dtype=torch.long)
+    with torch.no_grad():
+        for turn in turns:
+            mask = torch.cat([mask, turn["attention_mask"]], dim=1)
+            given = {**turn, "attention_mask": mask}
+            if masked:
+                given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -turn["input_ids"].shape[1] :]
+            else:
+                del given["attention_mask"]
+            output = model(**given, past_key_values=cache, use_cache=True)
+            logits.append(output.logits[:, -1])
+            cache = output.past_key_values
+    return logits
+
+
+PADDED_TURNS = [
+    batch([prompt(5, "image", 2), prompt(12, seed=1)], images(1)),
+    batch([prompt(4, seed=2), prompt(2, seed=3)]),
+    batch([prompt(7, seed=4), prompt(3, "image", seed=5)], images(1, seed=8)),
+    batch([prompt(2, seed=6), prompt(2, seed=7)]),
+]
+EQUAL_TURNS = [  # rows of one length: stock needs no masks, and pruning has to pad
+    batch([prompt(10, "image", 2), prompt(48, seed=1)], images(1)),
+    batch([prompt(4, seed=2), prompt(4, seed=3)]),
+    batch([prompt(39, seed=4), prompt(3, "image", seed=5)], images(1, seed=8)),
+    batch([prompt(3, "image", 1, seed=6), prompt(2, "image", 2, seed=7)], images(2, seed=9)),
+]
+
+
+@pytest.mark.parametrize("masked,turns", [(True, PADDED_TURNS), (False, EQUAL_TURNS)], ids=["masks", "no masks"])
+def test_turns_of_a_batch(stock, patched, masked, turns):
+    """Padding within each turn, different numbers of images, text between: every part of the plan carries over."""
+    ours = by_hand(patched, turns, masked)
+    for count, logits in enumerate(ours, start=1):
+        whole = {
+            key: torch.cat([turn[key] for turn in turns[:count]], dim=1) for key in ("input_ids", "attention_mask")
+        }
+        shown = [turn["pixel_values"] for turn in turns[:count] if "pixel_values" in turn]
+        if len(shown) == 3:  # images are numbered row by row: row 0 shows the first and the third, row 1 the others
+            shown = [shown[0], shown[2][:1], shown[1], shown[2][1:]]
+        for row, (embeds, _) in zip(logits, reference_rows(stock, {**whole, "pixel_values": torch.cat(shown)})):
+            torch.testing.assert_close(row, row_logits(stock, embeds)[-1], **TOLERANCE)
+
+
+def test_second_turn_from_embeddings(stock, patched):
+    inputs = inputs_for("one image")
+    first = patched.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+    rows, _ = conversation(stock, first.sequences.tolist(), new_image=False)
+    whole = batch(rows, inputs["pixel_values"])
+    expected = stock_generate(stock, reference_rows(stock, whole), **GREEDY)
+    embeds = stock.get_input_embeddings()(whole["input_ids"]).detach()
+    turn = {"inputs_embeds": embeds, "attention_mask": whole["attention_mask"]}
+    assert torch.equal(patched.generate(**turn, past_key_values=first.past_key_values, **GREEDY), expected)
+
+
 def test_an_image_after_a_turn_of_text(stock, patched):
     text = batch([prompt(6)])
     first = patched.generate(**text, **GREEDY, return_dict_in_generate=True)
@@ -399,6 +456,9 @@ def test_a_reset_cache_forgets(stock, patched):
         ours = patched(**text, past_key_values=cache).logits
         other = StaticCache(config=stock.config.text_config, max_cache_len=64)
         assert torch.equal(ours, stock(**text, past_key_values=other).logits)
+        cache.reset()
+        again = patched(**inputs_for("one image"), past_key_values=cache).logits
+        torch.testing.assert_close(again, patched(**inputs_for("one image")).logits, **TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- limits

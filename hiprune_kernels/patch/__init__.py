@@ -98,9 +98,10 @@ def apply_hiprune(
         keep_roles: which of "anchor", "buffer", "register" are kept (table 5 of the paper).
 
     Returns:
-        `model`. A vision encoder now returns [B, prefix + budget, C]; a vision-language model takes the inputs it took
-        before, and `logits` have columns for kept tokens only; counted from the end they are where they were behind
-        the last image. Applying again replaces the settings.
+        `model`. A vision encoder now returns `last_hidden_state` [B, prefix + budget, C] in ascending order, and the
+        `pooler_output` and earlier hidden states it returned before. A vision-language model takes the inputs it took
+        before, masks and positions of full length included; its `logits` have columns for kept tokens only; counted
+        from the end they are where they were behind the last image. Applying again replaces the settings.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came. The model is then as it was before.

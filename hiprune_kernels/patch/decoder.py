@@ -215,8 +215,7 @@ def create_masks_for_generate(
         return attention_mask
     plan = live_plan(past_key_values)
     if plan is not None:
-        batch, new = inputs_embeds.shape[:2]
-        attention_mask = plan.rows(batch).cache_mask(attention_mask, _seen(past_key_values), new)
+        attention_mask = plan.cache_mask(attention_mask, _seen(past_key_values), inputs_embeds.shape[1])
     return stock_create_masks_for_generate(
         config=config,
         inputs_embeds=inputs_embeds,

@@ -45,7 +45,7 @@ class _Recorder:
     ) -> tuple[Tensor, Tensor | None]:
         # Another thread's forward through the same modules is not part of this recording.
         if any(active is self.scores for active in _RECORDING.get()):
-            self.scores[self.layer].append(ops.attention_scores(query.detach(), key.detach(), scale=scaling))
+            self.scores[self.layer].append(ops.attention_scores(query, key, scale=scaling))
         return stock()
 
 
