@@ -134,7 +134,7 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
     feature_layer = family.feature_layer(host, {})
     object_layer = settings.object_layer
     if object_layer is None:
-        object_layer = min(max(1, round(encoder_family.object_share * len(layers))), feature_layer)
+        object_layer = encoder_family.default_object_layer(len(layers), feature_layer)
     if isinstance(object_layer, bool) or not isinstance(object_layer, int):
         raise TypeError(f"object_layer: expected an int, got {type(object_layer).__name__}")
     if not 1 <= object_layer <= feature_layer:

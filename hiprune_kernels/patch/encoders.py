@@ -73,6 +73,10 @@ class EncoderFamily:
     sparse_layer: Callable[..., Tensor]  # (layer, hidden_states, select) -> hidden states of the selected rows
     stock_sources: dict[str, str]  # what `sparse_layer` re-implements: module path -> digest of the known source
 
+    def default_object_layer(self, depth: int, feature_layer: int) -> int:
+        """The 1-based object layer of an encoder of `depth` layers, at most the feature layer."""
+        return min(max(1, round(self.object_share * depth)), feature_layer)
+
 
 @dataclass(frozen=True)
 class ModelFamily:
