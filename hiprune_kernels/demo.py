@@ -2,7 +2,7 @@
 
 Four ways to encode an image for LLaVA-1.5 and to generate from it are run interleaved in one process: the released
 code's (eager attention, every layer's attention matrices, selection in PyTorch), stock eager, stock SDPA, and
-`apply_hiprune`. All results are checked before anything is timed.
+`apply_hiprune`. Their results are checked before any figure is shown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ if TYPE_CHECKING:
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket")  # inside scikit-image's wheel: nothing is downloaded
 RULE = "official"  # of every way here, so that they keep the same tokens
 NEW_TOKENS = 8
-SECONDS, QUICK_SECONDS = 35.0, 6.0  # spent on timing; a slow machine gets fewer rounds, but at least 3 (quick: 1)
+SECONDS, QUICK_SECONDS = (
+    35.0,
+    6.0,
+)  # spent on timed rounds; a slow machine gets fewer of them, but at least 3 (quick: 1)
 WAYS = ("released code", "eager", "sdpa", "hiprune_kernels")
 _IMAGE_TOKEN, _VOCABULARY = 32000, 32064  # LLaVA-1.5's
 
@@ -274,6 +277,7 @@ def _float64_scores(tower: Tower, pixels: Tensor) -> list[Tensor]:
 
 def _float32_scores(tower: Tower, pixels: Tensor) -> list[Tensor]:
     """The same through the product, in the tower's own precision."""
+    tower.encoder.set_attn_implementation("sdpa")  # whatever ran last
     layers = (tower.object_layer, tower.deep_layer)
     with torch.inference_mode(), record_scores(tower.encoder, layers=sorted(set(layers))) as scores:
         tower.encoder(pixels)
@@ -370,29 +374,13 @@ def _measure_and_draw(
 ) -> dict[str, Any]:
     names = PHOTOS[:1] if quick else PHOTOS
     after_rounds = 1 + 2 * len(names)
-    guessed = 4 * len(WAYS) + after_rounds
-    steps.begin("building the models", then=guessed)
+    steps.begin("building the models", then=3 * len(WAYS) + after_rounds)
     tower = load_tower(model, config=config)
     num_tokens = math.prod(tower.grid)
     budget = resolve_budget(num_tokens, retention=1 / 3)
     ways = _Ways(tower, budget, seed=0)
     photos = {name: tower.pixel_values(photo) for name, photo in _photographs(names)}
-    first = photos[names[0]]
-
-    runs, begun = {}, time.perf_counter()
-    for i, way in enumerate(WAYS):
-        steps.begin(f"checking {way}", then=guessed - i - 1)
-        runs[way] = ways.run(way, first)
-    difference = ways.check(runs)
-    round_seconds = time.perf_counter() - begun
-    seconds, fewest = (QUICK_SECONDS, 1) if quick else (SECONDS, 3)
-    rounds = min(max(round(seconds / round_seconds), fewest), 15)
-    timed: dict[str, list[Run]] = {way: [] for way in WAYS}
-    for i in range(rounds):
-        for j in range(len(WAYS)):  # another way goes first in every round, so that none always runs after the same
-            way = WAYS[(i + j) % len(WAYS)]
-            steps.begin(f"round {i + 1} of {rounds}: {way}", then=(rounds - i) * len(WAYS) - j - 1 + after_rounds)
-            timed[way].append(ways.run(way, first))
+    runs, difference, timed = _time_ways(ways, photos[names[0]], steps, quick, after_rounds)
 
     steps.begin("float64 reference", then=2 * len(names))
     exact_of_all = _float64_scores(tower, torch.cat(list(photos.values())))
@@ -427,11 +415,34 @@ def _measure_and_draw(
         "object_layer": tower.object_layer,
         "deep_layer": tower.deep_layer,
         "rule": RULE,
-        "rounds": rounds,
+        "rounds": len(timed[WAYS[0]]),
         "largest_feature_difference": difference,
         "rows": [dataclasses.asdict(_row(way, timed, num_tokens)) for way in WAYS],
         "agreement": [dataclasses.asdict(line) for line in agreement],
     }
+
+
+def _time_ways(
+    ways: _Ways, pixels: Tensor, steps: _Steps, quick: bool, then: int
+) -> tuple[dict[str, Run], float, dict[str, list[Run]]]:
+    """One checked run of every way, the largest difference between them, and the timed runs, interleaved."""
+    steps.begin("warming up", then=4 * len(WAYS) + then)
+    ways.run("sdpa", pixels)
+    runs, begun = {}, time.perf_counter()
+    for i, way in enumerate(WAYS):
+        steps.begin(f"checking {way}", then=4 * len(WAYS) - i - 1 + then)
+        runs[way] = ways.run(way, pixels)
+    difference = ways.check(runs)
+    round_seconds = time.perf_counter() - begun
+    timed = {way: [run] if quick else [] for way, run in runs.items()}  # --quick cannot spare the checked round
+    rounds = round(QUICK_SECONDS / round_seconds) if quick else max(3, round(SECONDS / round_seconds))
+    rounds = min(rounds, 15)
+    for i in range(rounds):
+        for j in range(len(WAYS)):  # another way goes first in every round, so that none always runs after the same
+            way = WAYS[(i + j) % len(WAYS)]
+            steps.begin(f"round {i + 1} of {rounds}: {way}", then=(rounds - i) * len(WAYS) - j - 1 + then)
+            timed[way].append(ways.run(way, pixels))
+    return runs, difference, timed
 
 
 def _row(way: str, timed: dict[str, list[Run]], num_tokens: int) -> Row:
@@ -541,7 +552,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         "*released code* computes every layer's attention matrices with eager attention and selects in PyTorch; "
         "*eager* and *sdpa* are stock and keep every token; *hiprune_kernels* is `apply_hiprune`. All four ran the "
-        "same weights and prompt; before the timing, the embeddings that reached the language model were compared with "
+        "same weights and prompt, and the embeddings that reached the language model were compared with "
         f"sdpa's (largest difference {report['largest_feature_difference']:.1e} of the largest value).",
         "",
         "## Kept tokens against the float64 reference",

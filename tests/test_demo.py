@@ -80,7 +80,7 @@ def test_report_and_pictures_are_written(finished):
 
 def test_all_photographs_without_quick(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "SECONDS", 0.0)
-    report = demo.run_demo(tmp_path, config=tiny_clip_config(image_size=32))
+    report = demo.run_demo(tmp_path, config=tiny_clip_config(image_size=32), threads=1)
     assert [line["photo"] for line in report["agreement"]] == list(demo.PHOTOS)
     assert report["rounds"] == 3
     assert all((tmp_path / f"{name}.png").is_file() for name in demo.PHOTOS)
@@ -130,6 +130,13 @@ def test_the_gap_is_the_closest_decision():
     # Budget 3 of a 1 x 6 grid: round(0.1 * 3 / 5) = 0 anchors; registers 10, 6, 5.5, and 4 is the first passed over.
     indices, _, gap = demo._exact_selection([objects, deeps], 3, (1, 6))
     assert indices.tolist() == [0, 4, 5] and gap == pytest.approx(0.15)
+    # One anchor, 20, far ahead; with the clamped corners 0, 19, 20, 21 and 39 are taken, whatever their deep scores.
+    # 25 registers are left: 38 to 22 and 18 to 11, so that 11 stays and 10 goes.
+    objects, deeps = torch.arange(-1.0, 40.0)[None], torch.arange(-1.0, 40.0)[None]
+    objects[0, 21], deeps[0, 21] = 50.0, 1000.0
+    indices, roles, gap = demo._exact_selection([objects, deeps], 30, (1, 40))
+    assert (roles == 1).nonzero().tolist() == [[20]] and 11 in indices and 10 not in indices
+    assert gap == pytest.approx(0.001)
 
 
 def test_disagreement_is_reported_with_the_gap():
