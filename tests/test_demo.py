@@ -133,10 +133,10 @@ def test_the_gap_is_the_closest_decision():
     # One anchor, 20, far ahead; with the clamped corners 0, 19, 20, 21 and 39 are taken, whatever their deep scores.
     # 25 registers are left: 38 to 22 and 18 to 11, so that 11 stays and 10 goes.
     objects, deeps = torch.arange(-1.0, 40.0)[None], torch.arange(-1.0, 40.0)[None]
-    objects[0, 21], deeps[0, 21] = 50.0, 1000.0
+    objects[0, 21], deeps[0, 21] = 50.0, 40.0
     indices, roles, gap = demo._exact_selection([objects, deeps], 30, (1, 40))
     assert (roles == 1).nonzero().tolist() == [[20]] and 11 in indices and 10 not in indices
-    assert gap == pytest.approx(0.001)
+    assert gap == pytest.approx(1 / 40)
 
 
 def test_disagreement_is_reported_with_the_gap():
