@@ -50,7 +50,7 @@ class Tower:
     def object_layer(self) -> int:
         """1-based default, as `apply_hiprune` takes it: layer 9 of CLIP-L's 24, scaled to other depths."""
         family, _, layers = find_encoder(self.encoder)
-        return min(max(1, round(family.object_share * len(layers))), self.deep_layer)
+        return family.default_object_layer(len(layers), self.deep_layer)
 
     def overview_titles(self, object_layer: int, kept: int) -> tuple[str, str, str, str]:
         return (
