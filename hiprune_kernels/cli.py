@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
     prune.add_argument("--device", default="cpu", help="as PyTorch writes it, e.g. cuda:0 (default: cpu)")
     prune.add_argument("--seed", type=int, default=0, help="of the random weights used without --model (default: 0)")
     prune.add_argument(
-        "--out", type=Path, metavar="PNG", help="picture to write (default: IMAGE's name + .hiprune.png)"
+        "--out", type=Path, metavar="PNG", help="picture to write (default: IMAGE's stem + .hiprune.png)"
     )
     prune.add_argument(
         "--json",

@@ -261,7 +261,8 @@ def error_of(capsys, *arguments):
         (["demo", "--threads", "0"], "threads: expected at least 1, got 0"),
     ],
 )
-def test_wrong_input_is_one_line(capsys, photo, tiny_default, arguments, message):
+def test_wrong_input_is_one_line(capsys, photo, tiny_default, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     assert message in error_of(capsys, *(photo if argument == "PHOTO" else argument for argument in arguments))
 
 
