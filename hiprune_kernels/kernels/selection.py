@@ -41,7 +41,7 @@ def _load_scores(scores_ptr, slots, stride_slot, stride_token, token, valid):
 
 @triton.jit
 def _keys(scores):
-    """Unsigned integers in the order of the scores, above 0; NaN is 1, behind -inf. There is no -0: sums begin at +0."""
+    """Unsigned integers in the order of the scores, above 0; NaN is 1, behind -inf. Sums from +0 on are never -0."""
     integer: tl.constexpr = tl.uint64 if scores.dtype == tl.float64 else tl.uint32
     sign = tl.full([], 1, integer) << (scores.dtype.primitive_bitwidth - 1)
     bits = scores.to(integer, bitcast=True)
@@ -429,31 +429,31 @@ def aot_variants() -> list[tuple]:
         constants = _constants("images" in types, tokens, 2, rule, neighborhood, keep_roles)
         ones = ("object_slots", "deep_slots", "stride_ot", "stride_dt", "stride_mt", "stride_fc")
         constants |= {**dict.fromkeys(set(ones) - set(types), 1), **dict.fromkeys(missing)}
-        return f"selection {name}", select_kernel, signature | types, constants, _warps(tokens), 3
+        return f"select_kernel/{name}", select_kernel, signature | types, constants, _warps(tokens), 3
 
     select_only = ("mask_ptr", "features_ptr", "kept_ptr")
     several = {"images": ("fp32",) * (5 * _IMAGES)}
     doubles = {"object_ptr": "*fp64", "deep_ptr": "*fp64"}
     return [
-        variant("CLIP-B 49", 49),
-        variant("DeiT 196", 196),
-        variant("CLIP-L 576", 576),
-        variant("CLIP-L 576, masked", 576, missing=()),
-        variant("CLIP-L 576, bfloat16 scores", 576, object_ptr="*bf16", deep_ptr="*bf16"),
-        variant("CLIP-L 576, float64 scores", 576, **doubles),
-        variant("CLIP-L 576, float32 features", 576, features_ptr="*i32", kept_ptr="*i32"),
-        variant("CLIP-L 576, indices only", 576, missing=select_only),
-        variant("CLIP-L 576, partial sums", 576, object_slots="i32", deep_slots="i32"),
-        variant("CLIP-L 576, square", 576, neighborhood="square"),
-        variant("CLIP-L 576, grid", 576, rule="grid"),
-        variant("CLIP-L 576, official", 576, rule="official"),
-        variant("CLIP-L 576, no registers", 576, keep_roles=("anchor", "buffer")),
-        variant("CLIP-L 576, registers only", 576, keep_roles=("register",)),
+        variant("clip_b32", 49),
+        variant("deit", 196),
+        variant("clip_l", 576),
+        variant("clip_l/masked", 576, missing=()),
+        variant("clip_l/scores_bf16", 576, object_ptr="*bf16", deep_ptr="*bf16"),
+        variant("clip_l/scores_fp64", 576, **doubles),
+        variant("clip_l/features_fp32", 576, features_ptr="*i32", kept_ptr="*i32"),
+        variant("clip_l/indices_only", 576, missing=select_only),
+        variant("clip_l/partial_sums", 576, object_slots="i32", deep_slots="i32"),
+        variant("clip_l/square", 576, neighborhood="square"),
+        variant("clip_l/grid", 576, rule="grid"),
+        variant("clip_l/official", 576, rule="official"),
+        variant("clip_l/no_registers", 576, keep_roles=("anchor", "buffer")),
+        variant("clip_l/registers_only", 576, keep_roles=("register",)),
         variant("1024", 1024),
-        variant("V-JEPA2 2048", 2048),
-        variant("Qwen 4096", 4096, **several),
-        variant("Qwen 4096, official", 4096, rule="official_qwen", **several),
-        variant("8192", 8192, **several),
-        variant("16384", 16384, **several),
-        variant("16384, float64 scores", 16384, **several, **doubles),
+        variant("vjepa2", 2048),
+        variant("qwen_packed", 4096, **several),
+        variant("qwen_packed/official", 4096, rule="official_qwen", **several),
+        variant("8192_packed", 8192, **several),
+        variant("16384_packed", 16384, **several),
+        variant("16384_packed/scores_fp64", 16384, **several, **doubles),
     ]

@@ -108,6 +108,28 @@ def test_too_many_buffers_lose_the_highest_indices():
     assert roles[0].tolist() == [2, 1, 2, 0, 2, 1, 0, 0, 0]
 
 
+@pytest.mark.parametrize(
+    ("grid", "neighborhood", "anchor", "expected"),
+    [
+        ((3, 1, 4), "square", 4, [5, 7]),  # a row and one column are longer than these frames
+        ((3, 1, 4), "square", 7, [4, 6]),
+        ((4, 5), "cross", 4, [0, 3, 5, 9]),
+        ((4, 5), "cross", 6, [1, 5, 7, 11]),
+        ((4, 5), "cross", 13, [8, 12, 14, 18]),
+        ((4, 5), "cross", 15, [10, 14, 16, 19]),
+    ],
+)
+def test_clamped_neighbors(grid, neighborhood, anchor, expected):
+    """Only steps that leave the frame end at its first or last token."""
+    count = math.prod(grid)
+    objects = torch.zeros(1, count)
+    objects[0, anchor] = 1.0
+    budget = CLUSTER_SIZES[neighborhood]  # of one anchor
+    options = {"grid": grid, "budget": budget, "alpha": 1.0, "rule": "official", "neighborhood": neighborhood}
+    _, _, roles = check(torch.randn(1, count, 3), objects, torch.rand(1, count), options)
+    assert (roles[0] == reference.BUFFER).nonzero()[:, 0].tolist() == expected
+
+
 def test_taken_tokens_stay_in_the_race_of_the_official_qwen_rule():
     objects, deeps = torch.zeros(1, 16), torch.zeros(1, 16)
     objects[0, 5], deeps[0, 5] = 1.0, 50.0  # a column sum, which 1 does not bring down
