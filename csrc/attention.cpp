@@ -1,22 +1,23 @@
 // Attention on the CPU together with its column scores: O = softmax(scale Q K^T) V, and for every key the sum of the
-// softmax probabilities over the queries (Eq. 2 of the HiPrune paper), without ever holding the N x N matrix.
+// softmax probabilities over the queries (Eq. 2 of the HiPrune paper), without ever holding the matrix of
+// probabilities.
 //
-// Work. A *segment* is one image of a batch or one sequence of a packed ("varlen") batch; a *unit* is one key head of a
-// segment with the query heads that share it; a task is a chunk of some 96 query rows of one query head. Units are taken
-// in groups whose packed keys and values fit a few MiB, which bounds memory however many heads there are. Within a group
-// threads first pack panels (see attention_tiles.inc), then take tasks, then sum up columns: even one head gives many
-// threads work. A task walks over strips of rows: a strip of S = Q K^T stays in the L2 cache while it is exponentiated
-// (each exponential is taken once), added to the columns and multiplied by V.
+// Work. A *segment* is one image of a batch or one sequence of a packed ("varlen") batch; a *unit* is one key head
+// of a segment with the query heads that share it. Units are taken in groups whose buffers fit 1 MiB (or one by
+// one), which bounds memory however many heads there are. For a group, threads first pack keys and values into
+// panels (see attention_tiles.inc), then take chunks of some 96 query rows of one head, then sum up columns: even a
+// single head gives many threads work. A chunk is walked in strips of rows: a strip of S = Q K^T stays in the L2
+// cache while it is exponentiated (each exponential is taken once), added to the columns and multiplied by V.
 //
-// Keys hidden by key_mask are left out when packing, so that every query row sees a prefix of the packed keys, causal or
+// Keys hidden by key_mask are left out when packing. So every query row sees a prefix of the packed keys, causal or
 // not, and what a hidden key holds is never read.
 //
-// Determinism. Each task adds its rows in ascending order into a slot of its own, and the slots of a segment are summed
-// in ascending order. Chunks depend on the segment's own number of queries; threads decide only who does a task. So the
-// result is the same bit for bit whatever the number of threads and whatever else is in the batch.
+// Determinism. Each chunk adds its rows in ascending order into a slot of its own, and the slots of a segment are
+// summed in ascending order. Chunks depend on nothing but the segment's number of queries; threads decide only who
+// does what. So the result is the same bit for bit whatever the number of threads and whatever else is in the batch.
 //
-// One source serves every instruction set: attention_tiles.inc is compiled once for each, and the processor decides at
-// the call. It must not be compiled with -ffast-math, which breaks the rounding trick of its exponential.
+// One source serves every instruction set: attention_tiles.inc is compiled once for each, and the processor decides
+// at the call. It must not be compiled with -ffast-math, which breaks the rounding trick of its exponential.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -48,13 +49,13 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int kRows = 6;                             // rows of a register tile
-constexpr int64_t kMaxStrip = 48;                    // rows of a strip, at most; a multiple of kRows
-constexpr int64_t kStripFloats = 400 * 1024 / 4;     // of S in a strip: it should stay in the L2 cache
-constexpr int64_t kChunkRows = 96, kMaxChunks = 64;  // query rows of a task, and tasks per head at most
+constexpr int64_t kMinStrip = 8, kMaxStrip = 24;     // rows of a strip
+constexpr int64_t kStripFloats = 400 * 1024 / 4;     // of S in a strip, which should stay in the L2 cache
+constexpr int64_t kChunkRows = 96, kMaxChunks = 64;  // query rows of a task, and tasks of a head at most
+constexpr int64_t kSumColumns = 512;                 // columns of a task that sums up slots
+constexpr int64_t kGroupFloats = 1024 * 1024 / 4;    // of the buffers of a group of several units
 constexpr int64_t kMaxDepth = 256;                   // the largest head dimension
-constexpr int64_t kGroupFloats = 4 * 1024 * 1024 / 4;
-constexpr int64_t kLine = 16;  // floats in a cache line; every buffer starts on one
+constexpr int64_t kLine = 16;                        // floats in a cache line; every buffer starts on one
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -68,27 +69,27 @@ struct Panels {
   int64_t width(int64_t panel) const { return begin(panel + 1) - begin(panel); }
 };
 
-// The buffers of a thread: a strip of Q, of S, of O and (for bfloat16 products) of P.
+// The buffers of a thread, one after the other: strips of Q, S and O, and of P where it is not S rewritten in place.
 struct Strip {
-  int64_t rows, stride, depth;  // stride of a row of S
-  // An odd number of cache lines keeps the rows of a strip from falling into the same cache set.
-  Strip(int64_t keys, int64_t depth) : stride((ceil_div(keys, kLine) | 1) * kLine), depth(depth) {
-    rows = std::clamp<int64_t>(kStripFloats / stride / kRows * kRows, kRows, kMaxStrip);
+  int64_t rows, stride, p_stride, row_floats;  // row_floats: of Q and O
+  // An odd number of cache lines keeps the rows of S out of one another's cache sets.
+  Strip(int64_t keys, int64_t depth, int64_t packing)
+      : stride((ceil_div(keys, kLine) | 1) * kLine), p_stride(stride / packing), row_floats(round_up(depth, kLine)) {
+    rows = std::clamp(kStripFloats / stride, kMinStrip, kMaxStrip);
   }
-  int64_t query_floats() const { return rows * round_up(depth, kLine); }
-  int64_t logit_floats() const { return rows * stride; }
-  int64_t output_floats() const { return rows * round_up(depth, kLine); }
-  int64_t floats() const { return query_floats() + logit_floats() * 3 / 2 + output_floats(); }
+  int64_t floats() const { return rows * (2 * row_floats + stride + (p_stride < stride ? p_stride : 0)); }
 };
 
 // What all segments share. Strides count elements.
 struct Problem {
-  int64_t query_heads, key_heads, depth;
+  int64_t query_heads, key_heads, depth, element_size;
   int64_t query_head, query_row, key_head, key_row, value_head, value_row, output_head, output_row;
   float scale_log2e;  // |scale| * log2(e)
   bool negate;        // scale < 0: the queries change sign instead
   bool causal, want_scores, per_head;
   double score_scale;
+
+  int64_t group() const { return query_heads / key_heads; }  // query heads that share a key head
 };
 
 struct Segment {
@@ -102,10 +103,9 @@ struct Segment {
   int64_t queries, keys, visible;
   std::vector<int64_t> positions;  // where masked: those of the visible keys, ascending
 
-  int64_t chunk_rows() const {
-    const int64_t chunks = std::min(ceil_div(queries, kChunkRows), kMaxChunks);
-    return round_up(ceil_div(queries, chunks), kRows);
-  }
+  int64_t chunk_rows() const { return ceil_div(queries, std::min(ceil_div(queries, kChunkRows), kMaxChunks)); }
+  int64_t chunks() const { return ceil_div(queries, chunk_rows()); }
+  int64_t slot_floats() const { return round_up(visible, kLine); }
   int64_t position(int64_t n) const { return masked ? positions[n] : n; }
   bool counts(int64_t query) const { return !query_mask || query_mask[query * query_mask_stride]; }
 
@@ -117,7 +117,7 @@ struct Segment {
   }
 };
 
-// One key head of a segment, and the query heads that share it.
+// One key head of a segment, and the query heads that share it. The slots hold [query head, chunk, column].
 struct Unit {
   const Segment* segment;
   int64_t head;                     // its first query head
@@ -145,8 +145,9 @@ struct Kernels {
 
 namespace base {
 #define HP_LANES 4
+#define HP_ROWS 6
 #if defined(__aarch64__)
-#define HP_VECTORS 4
+#define HP_VECTORS 3
 #else
 #define HP_VECTORS 2
 #endif
@@ -156,7 +157,6 @@ namespace base {
 }  // namespace base
 
 #undef HP_LANES
-#undef HP_VECTORS
 #undef HP_F16C
 #if defined(__x86_64__)
 #define HP_F16C 1
@@ -164,15 +164,16 @@ namespace base {
 HP_TARGET_BEGIN("avx2,fma,f16c")
 namespace avx2 {
 #define HP_LANES 8
-#define HP_VECTORS 2
 #include "attention_tiles.inc"
 }  // namespace avx2
 HP_TARGET_END
 
 #undef HP_LANES
+#undef HP_ROWS
 #undef HP_VECTORS
 #define HP_LANES 16
-#define HP_VECTORS 4
+#define HP_ROWS 8
+#define HP_VECTORS 3
 
 HP_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace avx512 {
@@ -196,12 +197,13 @@ enum InstructionSet : int64_t { kBase, kAvx2, kAvx512, kAvx512Bf16, kInstruction
 int64_t instruction_sets() {
   int64_t sets = 1 << kBase;
 #if defined(__x86_64__)
-  const auto has = [](bool a, bool b) { return a && b; };
-  if (has(__builtin_cpu_supports("avx2"), __builtin_cpu_supports("fma"))) sets |= 1 << kAvx2;
-  if (has(sets >> kAvx2 & 1, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                                 __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")))
-    sets |= 1 << kAvx512;
-  if (has(sets >> kAvx512 & 1, __builtin_cpu_supports("avx512bf16"))) sets |= 1 << kAvx512Bf16;
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return sets;
+  sets |= 1 << kAvx2;  // every processor with AVX2 converts float16
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
+    return sets;
+  sets |= 1 << kAvx512;
+  if (__builtin_cpu_supports("avx512bf16")) sets |= 1 << kAvx512Bf16;
 #endif
   return sets;
 }
@@ -221,33 +223,36 @@ Kernels choose_kernels(ScalarType dtype, int64_t isa) {
   const int64_t sets = instruction_sets();
   STD_TORCH_CHECK(isa >= -1 && isa < kInstructionSets && (isa == -1 || sets >> isa & 1),
                   "isa: expected -1 (the best one) or an instruction set of mask ", sets, ", got ", isa);
-  for (int64_t set = kInstructionSets; isa == -1;)
-    if (sets >> --set & 1) isa = set;
+  if (isa == -1)
+    for (isa = kAvx512Bf16; !(sets >> isa & 1);) --isa;
   if (dtype == ScalarType::Float) return kernels_for<float>(isa);
   if (dtype == ScalarType::BFloat16) return kernels_for<BFloat16>(isa);
   STD_TORCH_CHECK(dtype == ScalarType::Half, "query: expected float32, bfloat16 or float16");
   return kernels_for<Half>(isa);
 }
 
-// Calls f(task, worker) for every task. Which thread takes a task is left to chance, for balance; no result depends on it.
-template <class F>
-void for_each_task(int64_t tasks, int64_t workers, const F& f) {
+// --------------------------------------------------------------------------------------------------------- scheduling
+
+// Calls f(task, worker) for every task. For balance, a thread takes the next task when it is free; no result depends on
+// which one does.
+template <class Task, class F>
+void for_each_task(const std::vector<Task>& tasks, int64_t workers, const F& f) {
+  const int64_t count = static_cast<int64_t>(tasks.size());
   std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(tasks, workers), 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t begin, int64_t end) {
     for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) f(task, worker);
+      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(tasks[task], worker);
   });
 }
 
-// The slots of the units [first, last), all of one segment, go to columns [begin, end) of the scores.
-void add_slots(const Problem& problem, const Unit* first, const Unit* last, int64_t begin, int64_t end) {
+// Adds columns [begin, end) of the slots of the units [first, last), all of one segment, to its scores.
+void sum_slots(const Problem& problem, const Unit* first, const Unit* last, int64_t begin, int64_t end) {
   const Segment& segment = *first->segment;
-  const int64_t chunks = ceil_div(segment.queries, segment.chunk_rows());
-  const int64_t stride = round_up(segment.visible, kLine), group = problem.query_heads / problem.key_heads;
-  std::vector<double> sum(end - begin);
+  const int64_t chunks = segment.chunks(), stride = segment.slot_floats();
+  double sum[kSumColumns];
   for (const Unit* unit = first; unit < last; ++unit)
-    for (int64_t head = 0; head < group; ++head) {
-      std::fill(sum.begin(), sum.end(), 0.);
+    for (int64_t head = 0; head < problem.group(); ++head) {
+      std::fill(sum, sum + (end - begin), 0.);
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         const float* slot = unit->slots + (head * chunks + chunk) * stride;
         for (int64_t n = begin; n < end; ++n) sum[n - begin] += slot[n];
@@ -258,43 +263,77 @@ void add_slots(const Problem& problem, const Unit* first, const Unit* last, int6
     }
 }
 
-void run(const Problem& problem, const std::vector<Segment>& segments, const Kernels& kernels, int64_t element_size) {
-  const int64_t group = problem.query_heads / std::max<int64_t>(problem.key_heads, 1);
-  const int64_t inner = ceil_div(problem.depth, kernels.packing);
+// Packs, attends and sums up for the units [begin, end). `strips` holds `strip_floats` floats for every worker.
+void run_group(const Problem& problem, const Kernels& kernels, const Unit* begin, const Unit* end, float* strips,
+               int64_t strip_floats, int64_t workers) {
+  struct Task {
+    const Unit* unit;
+    int64_t first, head;  // panel, query row or column; query head within the unit
+  };
+  std::vector<Task> packs, chunks, sums;
+  for (const Unit* unit = begin; unit < end; ++unit) {
+    const Segment& segment = *unit->segment;
+    const int64_t panels = Panels(segment.visible, kernels.lanes, kernels.vectors).count;
+    for (int64_t panel = 0; panel < panels; ++panel) packs.push_back({unit, panel, 0});
+    for (int64_t head = 0; head < problem.group(); ++head)
+      for (int64_t row = 0; row < segment.queries; row += segment.chunk_rows()) chunks.push_back({unit, row, head});
+    if (problem.want_scores && (unit == begin || unit->segment != unit[-1].segment))
+      for (int64_t column = 0; column < segment.visible; column += kSumColumns) sums.push_back({unit, column, 0});
+  }
+  for_each_task(packs, workers, [&](const Task& task, int64_t) { kernels.pack(problem, *task.unit, task.first); });
+  for_each_task(chunks, workers, [&](const Task& task, int64_t worker) {
+    const Segment& segment = *task.unit->segment;
+    const int64_t chunk = task.first / segment.chunk_rows();
+    float* slot = nullptr;
+    if (problem.want_scores) {
+      slot = task.unit->slots + (task.head * segment.chunks() + chunk) * segment.slot_floats();
+      std::fill(slot, slot + segment.slot_floats(), 0.f);
+    }
+    kernels.attend(problem, *task.unit, task.head, task.first,
+                   std::min(task.first + segment.chunk_rows(), segment.queries), slot, strips + worker * strip_floats);
+  });
+  for_each_task(sums, workers, [&](const Task& task, int64_t) {
+    const Unit* last = task.unit;
+    while (last < end && last->segment == task.unit->segment) ++last;
+    sum_slots(problem, task.unit, last, task.first,
+              std::min(task.first + kSumColumns, task.unit->segment->visible));
+  });
+}
 
+void run(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
+  const int64_t group = problem.group(), inner = ceil_div(problem.depth, kernels.packing);
   std::vector<Unit> units;
-  std::vector<size_t> bounds{0};  // of the groups
-  std::vector<int64_t> offsets;   // of a unit's buffers, in floats, within its group's memory
+  std::vector<int64_t> offsets;         // of a unit's buffers within the memory of its group, in floats
+  std::vector<size_t> group_starts{0};  // the first unit of every group, and the number of units
   int64_t used = 0, group_floats = 0, strip_floats = 0;
   for (const Segment& segment : segments) {
     if (segment.queries == 0) continue;
-    const int64_t visible = segment.visible, chunks = ceil_div(segment.queries, segment.chunk_rows());
-    const int64_t key_floats = round_up(round_up(visible, kernels.lanes) * inner, kLine);
+    const int64_t key_floats = round_up(segment.visible, kLine) * inner;
     const int64_t value_floats =
-        segment.output ? round_up(round_up(problem.depth, kernels.lanes) * ceil_div(visible, kernels.packing), kLine) : 0;
-    const int64_t slot_floats = problem.want_scores ? group * chunks * round_up(visible, kLine) : 0;
-    const int64_t floats = key_floats + value_floats + slot_floats;
-    strip_floats = std::max(strip_floats, Strip(visible, problem.depth).floats());
+        segment.output ? round_up(problem.depth, kLine) * ceil_div(segment.visible, kernels.packing) : 0;
+    const int64_t slots_floats = problem.want_scores ? group * segment.chunks() * segment.slot_floats() : 0;
+    const int64_t floats = key_floats + value_floats + slots_floats;
+    strip_floats = std::max(strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
     for (int64_t head = 0; head < problem.key_heads; ++head) {
       if (used > 0 && used + floats > kGroupFloats) {
-        bounds.push_back(units.size());
+        group_starts.push_back(units.size());
         used = 0;
       }
-      const auto shift = [&](const char* p, int64_t elements) { return p ? p + elements * element_size : nullptr; };
+      const auto shift = [&](const char* p, int64_t elements) { return p ? p + elements * problem.element_size : p; };
       Unit unit{};
-      unit.query = shift(segment.query, head * group * problem.query_head);
-      unit.key = shift(segment.key, head * problem.key_head);
-      unit.value = shift(segment.value, head * problem.value_head);
-      unit.output = const_cast<char*>(shift(segment.output, head * group * problem.output_head));
       unit.segment = &segment;
       unit.head = head * group;
+      unit.query = shift(segment.query, unit.head * problem.query_head);
+      unit.key = shift(segment.key, head * problem.key_head);
+      unit.value = shift(segment.value, head * problem.value_head);
+      unit.output = const_cast<char*>(shift(segment.output, unit.head * problem.output_head));
       units.push_back(unit);
       offsets.insert(offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
       used += floats;
       group_floats = std::max(group_floats, used);
     }
   }
-  bounds.push_back(units.size());
+  group_starts.push_back(units.size());
 
   const int64_t workers = torch::stable::get_num_threads();
   const Tensor scratch = torch::stable::empty({group_floats + workers * strip_floats}, ScalarType::Float);
@@ -304,43 +343,9 @@ void run(const Problem& problem, const std::vector<Segment>& segments, const Ker
     units[i].packed_value = memory + offsets[3 * i + 1];
     units[i].slots = memory + offsets[3 * i + 2];
   }
-
-  struct Task {
-    int64_t unit, head, first;  // which unit; query head within it; first panel, chunk or column
-  };
-  std::vector<Task> packs, chunks, sums;
-  for (size_t g = 0; g + 1 < bounds.size(); ++g) {
-    packs.clear(), chunks.clear(), sums.clear();
-    for (size_t i = bounds[g]; i < bounds[g + 1]; ++i) {
-      const Unit& unit = units[i];
-      const int64_t index = static_cast<int64_t>(i);
-      for (int64_t panel = 0; panel < Panels(unit.segment->visible, kernels.lanes, kernels.vectors).count; ++panel)
-        packs.push_back({index, 0, panel});
-      for (int64_t head = 0; head < group; ++head)
-        for (int64_t row = 0; row < unit.segment->queries; row += unit.segment->chunk_rows())
-          chunks.push_back({index, head, row});
-      if (problem.want_scores && (i == bounds[g] || unit.segment != units[i - 1].segment))
-        for (int64_t column = 0; column < unit.segment->visible; column += 512) sums.push_back({index, 0, column});
-    }
-    for_each_task(packs.size(), workers, [&](int64_t t, int64_t) { kernels.pack(problem, units[packs[t].unit], packs[t].first); });
-    for_each_task(chunks.size(), workers, [&](int64_t t, int64_t worker) {
-      const auto [index, head, first] = chunks[t];
-      const Unit& unit = units[index];
-      const int64_t rows = unit.segment->chunk_rows(), stride = round_up(unit.segment->visible, kLine);
-      float* slot = nullptr;
-      if (problem.want_scores) {
-        slot = unit.slots + (head * ceil_div(unit.segment->queries, rows) + first / rows) * stride;
-        std::memset(slot, 0, stride * sizeof(float));
-      }
-      kernels.attend(problem, unit, head, first, std::min(first + rows, unit.segment->queries), slot,
-                     memory + group_floats + worker * strip_floats);
-    });
-    for_each_task(sums.size(), workers, [&](int64_t t, int64_t) {
-      const Unit *first = &units[sums[t].unit], *last = first, *end = units.data() + bounds[g + 1];
-      while (last < end && last->segment == first->segment) ++last;
-      add_slots(problem, first, last, sums[t].first, std::min(sums[t].first + 512, first->segment->visible));
-    });
-  }
+  for (size_t g = 0; g + 1 < group_starts.size(); ++g)
+    run_group(problem, kernels, units.data() + group_starts[g], units.data() + group_starts[g + 1],
+              memory + group_floats, strip_floats, workers);
 }
 
 // ------------------------------------------------------------------------------------------------------------- checks
@@ -360,7 +365,8 @@ void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t exp
 
 void check_mask(const std::optional<Tensor>& mask, const char* name, std::initializer_list<int64_t> sizes) {
   if (!mask) return;
-  STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool, name, ": expected a bool tensor on the CPU");
+  STD_TORCH_CHECK(mask->is_cpu() && mask->scalar_type() == ScalarType::Bool, name,
+                  ": expected a bool tensor on the CPU");
   STD_TORCH_CHECK(mask->dim() == static_cast<int64_t>(sizes.size()), name, ": expected ", sizes.size(),
                   " dimensions, got ", mask->dim());
   int64_t dim = 0;
@@ -377,10 +383,11 @@ Problem check_problem(const Tensor& query, const Tensor& key, const std::optiona
   problem.query_heads = query.size(heads);
   problem.key_heads = key.size(heads);
   problem.depth = query.size(last);
+  problem.element_size = query.element_size();
   STD_TORCH_CHECK(problem.key_heads > 0 && problem.query_heads % problem.key_heads == 0,
                   "query: expected a multiple of key's ", problem.key_heads, " heads, got ", problem.query_heads);
-  STD_TORCH_CHECK(problem.depth >= 1 && problem.depth <= kMaxDepth, "query: expected a head dimension of 1 to ", kMaxDepth,
-                  ", got ", problem.depth);
+  STD_TORCH_CHECK(problem.depth >= 1 && problem.depth <= kMaxDepth, "query: expected a head dimension of 1 to ",
+                  kMaxDepth, ", got ", problem.depth);
   check_size(key, "key", last, problem.depth);
   if (dim == 4) check_size(key, "key", 0, query.size(0));
   if (value) {
@@ -424,29 +431,50 @@ std::vector<int64_t> check_cu_seqlens(const Tensor& tensor, const char* name, in
   return bounds;
 }
 
-Tensor zeros(std::initializer_list<int64_t> sizes) {
-  Tensor tensor = torch::stable::empty(std::vector<int64_t>(sizes), ScalarType::Float);
-  std::memset(tensor.data_ptr(), 0, tensor.numel() * sizeof(float));
-  return tensor;
-}
-
-// The segment that begins `query_row` and `key_row` elements into the tensors.
-Segment make_segment(int64_t queries, int64_t keys, const bool* key_mask, int64_t key_mask_stride) {
-  Segment segment{};
-  segment.queries = queries;
-  segment.keys = keys;
-  segment.masked = key_mask != nullptr;
-  for (int64_t n = 0; segment.masked && n < keys; ++n)
-    if (key_mask[n * key_mask_stride]) segment.positions.push_back(n);
-  segment.visible = segment.masked ? static_cast<int64_t>(segment.positions.size()) : keys;
-  return segment;
-}
-
-const char* at(const Tensor& tensor, int64_t elements) {
-  return static_cast<const char*>(tensor.data_ptr()) + elements * static_cast<int64_t>(tensor.element_size());
-}
-
 // ---------------------------------------------------------------------------------------------------------- operators
+
+Tensor zeros(std::initializer_list<int64_t> sizes) {
+  Tensor tensor = torch::stable::empty(sizes, ScalarType::Float);
+  return torch::stable::zero_(tensor);
+}
+
+struct Call {
+  const Tensor &query, &key;
+  const std::optional<Tensor>&value, &key_mask, &query_mask;
+  Tensor output, scores;
+
+  // The segment whose data begin at index q of the query's first dimension and k of the key's.
+  Segment segment(int64_t q, int64_t k, int64_t queries, int64_t keys, int64_t first_score, int64_t score_head) const {
+    const auto at = [](const Tensor& tensor, int64_t index) {
+      const int64_t bytes = static_cast<int64_t>(tensor.element_size());
+      return static_cast<char*>(tensor.data_ptr()) + index * tensor.stride(0) * bytes;
+    };
+    Segment segment{};
+    segment.query = at(query, q);
+    segment.key = at(key, k);
+    if (value) {
+      segment.value = at(*value, k);
+      segment.output = at(output, q);
+    }
+    segment.scores = static_cast<float*>(scores.data_ptr()) + first_score;
+    segment.score_head = score_head;
+    segment.queries = queries;
+    segment.keys = segment.visible = keys;
+    if (query_mask) {
+      segment.query_mask = reinterpret_cast<const bool*>(at(*query_mask, q));
+      segment.query_mask_stride = query_mask->stride(query_mask->dim() - 1);
+    }
+    if (key_mask) {
+      const bool* mask = reinterpret_cast<const bool*>(at(*key_mask, k));
+      const int64_t stride = key_mask->stride(key_mask->dim() - 1);
+      segment.masked = true;
+      for (int64_t n = 0; n < keys; ++n)
+        if (mask[n * stride]) segment.positions.push_back(n);
+      segment.visible = static_cast<int64_t>(segment.positions.size());
+    }
+    return segment;
+  }
+};
 
 std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, const std::optional<Tensor>& value,
                                      const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_mask,
@@ -459,27 +487,14 @@ std::tuple<Tensor, Tensor> attention(const Tensor& query, const Tensor& key, con
   check_mask(query_mask, "query_mask", {B, M});
   const Kernels kernels = choose_kernels(query.scalar_type(), isa);
 
-  Tensor output = value ? torch::stable::empty({B, M, H, D}, query.scalar_type())
-                        : torch::stable::empty({0}, query.scalar_type());
-  Tensor scores = !want_scores ? zeros({0}) : per_head ? zeros({B, H, N}) : zeros({B, N});
-  const auto mask_row = [](const std::optional<Tensor>& mask, int64_t b) {
-    return mask ? static_cast<const bool*>(mask->data_ptr()) + b * mask->stride(0) : nullptr;
-  };
+  Call call{query, key, value, key_mask, query_mask, {}, {}};
+  const auto dtype = query.scalar_type();
+  call.output = value ? torch::stable::empty({B, M, H, D}, dtype) : torch::stable::empty({0}, dtype);
+  call.scores = !want_scores ? zeros({0}) : per_head ? zeros({B, H, N}) : zeros({B, N});
   std::vector<Segment> segments;
-  for (int64_t b = 0; b < B; ++b) {
-    Segment segment = make_segment(M, N, mask_row(key_mask, b), key_mask ? key_mask->stride(1) : 0);
-    segment.query = at(query, b * query.stride(0));
-    segment.key = at(key, b * key.stride(0));
-    segment.value = value ? at(*value, b * value->stride(0)) : nullptr;
-    segment.output = value ? const_cast<char*>(at(output, b * M * H * D)) : nullptr;
-    segment.scores = static_cast<float*>(scores.data_ptr()) + b * N * (per_head ? H : 1);
-    segment.score_head = N;
-    segment.query_mask = mask_row(query_mask, b);
-    segment.query_mask_stride = query_mask ? query_mask->stride(1) : 0;
-    segments.push_back(std::move(segment));
-  }
-  run(problem, segments, kernels, query.element_size());
-  return {value ? torch::stable::transpose(output, 1, 2) : output, scores};
+  for (int64_t b = 0; b < B; ++b) segments.push_back(call.segment(b, b, M, N, b * N * (per_head ? H : 1), N));
+  run(problem, kernels, segments);
+  return {value ? torch::stable::transpose(call.output, 1, 2) : call.output, call.scores};
 }
 
 std::tuple<Tensor, Tensor> attention_varlen(const Tensor& query, const Tensor& key, const std::optional<Tensor>& value,
@@ -492,35 +507,21 @@ std::tuple<Tensor, Tensor> attention_varlen(const Tensor& query, const Tensor& k
   const int64_t Tq = query.size(0), Tk = key.size(0), H = problem.query_heads, D = problem.depth;
   check_mask(key_mask, "key_mask", {Tk});
   check_mask(query_mask, "query_mask", {Tq});
-  const std::vector<int64_t> bounds_q = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", Tq);
-  const std::vector<int64_t> bounds_k = check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", Tk);
-  STD_TORCH_CHECK(bounds_q.size() == bounds_k.size(), "cu_seqlens_k: expected ", bounds_q.size(),
-                  " values, as many as cu_seqlens_q has, got ", bounds_k.size());
+  const std::vector<int64_t> q = check_cu_seqlens(cu_seqlens_q, "cu_seqlens_q", Tq);
+  const std::vector<int64_t> k = check_cu_seqlens(cu_seqlens_k, "cu_seqlens_k", Tk);
+  STD_TORCH_CHECK(q.size() == k.size(), "cu_seqlens_k: expected ", q.size(),
+                  " values, as many as cu_seqlens_q has, got ", k.size());
   const Kernels kernels = choose_kernels(query.scalar_type(), isa);
 
-  Tensor output = value ? torch::stable::empty({Tq, H, D}, query.scalar_type())
-                        : torch::stable::empty({0}, query.scalar_type());
-  Tensor scores = !want_scores ? zeros({0}) : per_head ? zeros({H, Tk}) : zeros({Tk});
-  const auto mask_from = [](const std::optional<Tensor>& mask, int64_t row) {
-    return mask ? static_cast<const bool*>(mask->data_ptr()) + row * mask->stride(0) : nullptr;
-  };
+  Call call{query, key, value, key_mask, query_mask, {}, {}};
+  const auto dtype = query.scalar_type();
+  call.output = value ? torch::stable::empty({Tq, H, D}, dtype) : torch::stable::empty({0}, dtype);
+  call.scores = !want_scores ? zeros({0}) : per_head ? zeros({H, Tk}) : zeros({Tk});
   std::vector<Segment> segments;
-  for (size_t i = 0; i + 1 < bounds_q.size(); ++i) {
-    const int64_t q = bounds_q[i], k = bounds_k[i];
-    Segment segment = make_segment(bounds_q[i + 1] - q, bounds_k[i + 1] - k, mask_from(key_mask, k),
-                                   key_mask ? key_mask->stride(0) : 0);
-    segment.query = at(query, q * query.stride(0));
-    segment.key = at(key, k * key.stride(0));
-    segment.value = value ? at(*value, k * value->stride(0)) : nullptr;
-    segment.output = value ? const_cast<char*>(at(output, q * H * D)) : nullptr;
-    segment.scores = static_cast<float*>(scores.data_ptr()) + k;
-    segment.score_head = Tk;
-    segment.query_mask = mask_from(query_mask, q);
-    segment.query_mask_stride = query_mask ? query_mask->stride(0) : 0;
-    segments.push_back(std::move(segment));
-  }
-  run(problem, segments, kernels, query.element_size());
-  return {output, scores};
+  for (size_t i = 0; i + 1 < q.size(); ++i)
+    segments.push_back(call.segment(q[i], k[i], q[i + 1] - q[i], k[i + 1] - k[i], k[i], Tk));
+  run(problem, kernels, segments);
+  return {call.output, call.scores};
 }
 
 }  // namespace

@@ -308,10 +308,11 @@ def test_varlen_is_dense_attention_of_every_segment(masked, causal, dtype, isa):
     for s in range(len(LENGTHS)):
         rows, keys = slice(cu_q[s], cu_q[s + 1]), slice(cu_k[s], cu_k[s + 1])
         dense = [x[None].transpose(1, 2) for x in (q[rows], k[keys], v[keys])]
-        masks_s = {"key_mask": masks["key_mask"][None, keys], "query_mask": masks["query_mask"][None, rows]} if masked else {}
+        masks_s = {name: mask[None, keys if name == "key_mask" else rows] for name, mask in masks.items()}
         expected = attend(*dense, causal=causal, isa=isa, **masks_s)
         check(expected, oracle(*dense, causal=causal, **masks_s), dtype)
-        assert torch.equal(output[rows], expected[0][0].transpose(0, 1)) and torch.equal(scores[:, keys], expected[1][0])
+        assert torch.equal(output[rows], expected[0][0].transpose(0, 1))
+        assert torch.equal(scores[:, keys], expected[1][0])
     total = attend_varlen(q, k, None, cu_q, cu_k, causal=causal, isa=isa, per_head=False, score_scale=0.25, **masks)
     assert total[0].shape == (0,)
     torch.testing.assert_close(total[1], scores.mean(0), rtol=1e-6, atol=1e-12)
