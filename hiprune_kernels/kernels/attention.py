@@ -7,10 +7,10 @@ path:
     strip    all logits of a block of queries stay in registers: exp and Q K^T once. For few keys.
     sweeps   one launch: a flash-attention sweep over the keys, then a second sweep for the probabilities, transposed
              (keys x queries), so that queries lie along a thread's registers and their sum is cheap.
-    passes   two launches and O(N) extra memory: output and log-sum-exp of each row (LSE), then the scores. The scores
-             pass owns a block of keys, adds up probabilities elementwise and reduces over rows once, at the end (a
+    passes   two launches and O(N) extra memory: output, maximum and sum of each row, then the scores. The scores pass
+             owns a block of keys, adds up probabilities elementwise and reduces over rows once, at the end (a
              reduction per step costs twice the instructions). For many keys, and for packed sequences.
-    flash, cudnn    as passes, with output and LSE from PyTorch's own attention.
+    flash, cudnn    as passes, with output and log-sum-exp (LSE) from PyTorch's own attention.
 
 Nothing is added atomically: partial scores stand in fixed slots, [B, Hq, slots, N], and are added in a fixed order.
 Block shapes and slots follow from (M, N, H, D, dtype, architecture), never from the batch, so results are the same bits
@@ -69,12 +69,13 @@ def plan(
 ) -> Plan:
     """The table. Its reasons are registers and instructions of compiled code; no time has been measured yet.
 
-    Per step of 32 logits a thread (sm_90, D = 64): scores pass 190 instructions, LSE alone 224, with output 317, second
-    sweep 198. The 32 exponentials take the equivalent of 256 issue slots, so the passes without output are bound by
-    them. Registers and thread blocks per multiprocessor there: strip of 64 keys 80 and 6, of 256 keys 255 and 2; sweeps
-    160 and 3; passes 108 to 110 and 4 (or 2 of twice the size); scores pass 80 to 95 and 5 (or 3). No spills, but where
-    said. Two rules: chained products want block_m >= 16 warps, or tiles bounce through shared memory; everything fits
-    the 99 KB of sm_86, sm_89 and sm_120.
+    A step of 32 logits a thread takes, on sm_90 with D = 64, 189 instructions in the scores pass, 212 in the second
+    sweep, 224 for sums without output, 318 with output; its 32 exponentials alone occupy what 256 do. Two tiles of 64
+    keys (K and V) for 64 queries would need 50 bytes of L2 a clock and multiprocessor, twice what there is: hence 128
+    rows on the side that a block keeps, unless that pads a tenth more. Registers, and blocks at a time: sweeps
+    107 and 2, passes 109 and 2, scores pass 102 and 2, strip of 64 keys 80 and 6, of 256 keys 255 and 2; D = 72 and 80
+    have 176 and 1 with output (64 x 64 blocks of 4 warps: 161 and 3, the first alternative to measure). Chained
+    products want block_m >= 16 warps, or tiles bounce through shared memory. All fits the 99 KB of sm_86 and sm_120.
 
     Args:
         M, N: queries and keys; of no account where `packed`, since lengths then stand on the device.
@@ -87,17 +88,18 @@ def plan(
         ('sweeps', 'passes')
     """
     half = dtype != torch.float32
-    if not half:  # three products and split operands: small tiles. From D = 128 on some registers spill.
+    if half and D <= 128:
+        stages = 3 if D <= 80 else 2
+        tall = packed or 10 * triton.cdiv(M, 128) * 128 <= 11 * triton.cdiv(M, 64) * 64
+        attention = Blocks(128, 64, 8, stages) if tall else Blocks(64, 64, 4, stages)
+        scores = Blocks(64, 128, 8, stages)
+    elif half:
+        attention, scores = Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 1)
+    elif D <= 128:  # three products of split operands: small tiles. With D above 96 some registers spill.
         attention = Blocks(64, 32, 4, 2) if D <= 32 else Blocks(64, 16, 4, 2 if D <= 96 else 1)
         scores = Blocks(64, 32, 4, 2) if D <= 96 else Blocks(64, 32, 8, 1)
-        if D > 128:
-            attention = scores = Blocks(32, 16, 4, 1)
-    elif D > 128:
-        attention, scores = Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 1)
-    elif D > 80:
-        attention = scores = Blocks(64, 64, 4, 2)
     else:
-        attention = scores = Blocks(64, 64, 4, 3)
+        attention = scores = Blocks(32, 16, 4, 1)
 
     # sm_90 alone keeps a strip of 256 keys without spills, up to D = 64.
     strip = 256 if architecture == 90 and D <= 64 else 128
@@ -120,10 +122,6 @@ def plan(
         return Plan(path, attention)
     if packed:
         return Plan(path, attention, scores)
-    if half and D <= 80:  # long sequences: fewer blocks read the same keys, or queries, again
-        attention = Blocks(128, 64, 8, 3)
-        if D <= 64:
-            scores = Blocks(64, 128, 8, 3)
     # Few keys and many queries: shares of at least 8 blocks, until one batch entry fills a GPU about four times over.
     programs = heads * triton.cdiv(N, scores.block_n)
     splits = max(1, min(512 // programs, M // (8 * scores.block_m)))
@@ -277,22 +275,28 @@ def attention(
         if chosen.path == "strip":
             launch(strip_kernel, programs, arguments, shape(blocks), blocks)
         else:
-            launch(attention_kernel, programs, {**arguments, **lengths, "lse_ptr": None}, shape(blocks), blocks)
+            launch(
+                attention_kernel,
+                programs,
+                {**arguments, **lengths, "top_ptr": None, "weight_ptr": None},
+                shape(blocks),
+                blocks,
+            )
     else:
-        lse_scale = 1.0
+        weight, top_scale = None, LOG2_E
         if chosen.path in BORROWED:
-            output, lse = _borrowed(chosen.path, query, key, value, scale, causal)
-            lse_scale = LOG2_E
+            output, top = _borrowed(chosen.path, query, key, value, scale, causal)
         else:
-            lse = query.new_empty(B, heads, M, dtype=torch.float32)
-            arguments = {**sequences, **lengths, **values, "lse_ptr": lse, "partial_ptr": None}
+            top, weight = query.new_empty(2, B, heads, M, dtype=torch.float32)
+            top_scale = 1.0
+            arguments = {**sequences, **lengths, **values, "top_ptr": top, "weight_ptr": weight, "partial_ptr": None}
             launch(attention_kernel, programs, arguments, shape(blocks), blocks)
         blocks = chosen.scores
         split_rows = triton.cdiv(triton.cdiv(M, chosen.splits), blocks.block_m) * blocks.block_m
         splits = triton.cdiv(M, split_rows)
         partial = query.new_empty(B, heads, splits, N, dtype=torch.float32)
-        arguments = {**sequences, **lengths, "lse_ptr": lse, "lse_strides": lse.stride()[:2], "lse_scale": lse_scale}
-        arguments |= {"partial_ptr": partial, "splits": splits, "split_rows": split_rows}
+        arguments = {**sequences, **lengths, "top_ptr": top, "top_strides": top.stride()[:2], "top_scale": top_scale}
+        arguments |= {"weight_ptr": weight, "partial_ptr": partial, "splits": splits, "split_rows": split_rows}
         programs = B * heads * splits * (N // blocks.block_n + segments if packed else triton.cdiv(N, blocks.block_n))
         launch(scores_kernel, programs, arguments, shape(blocks), blocks)
     scores = _reduced(partial, per_head, score_factor, launch)

@@ -169,7 +169,8 @@ def attention_kernel(
     k_ptr,
     v_ptr,  # None: no output
     output_ptr,
-    lse_ptr,  # None, or [B, H, M] in base 2, +inf for a row that sees no key
+    top_ptr,  # None, or [B, H, M]: the largest logit of each row in base 2, +inf for a row that sees no key
+    weight_ptr,  # 1 / the sum of exp2(logit - top), kept apart: top + log2(sum) would lose bits of large logits
     partial_ptr,  # None, or [B, H, blocks of queries, N]: the second sweep
     key_mask_ptr,
     query_mask_ptr,
@@ -251,29 +252,30 @@ def attention_kernel(
     top, total, output1, output2 = state
 
     blind = total == 0.0  # sees no key
-    total = tl.where(blind, 1.0, total)
+    weight = 1.0 / tl.where(blind, 1.0, total)
+    top = tl.where(blind, float("inf"), top)
     if v_ptr is not None:
         output_ptr = _of_head(output_ptr, output_strides, batch, head, ALIGN)
-        inverse = 1.0 / total
-        output1 = tl.where(blind[:, None], 0.0, output1 * inverse[:, None])
-        output2 = tl.where(blind[:, None], 0.0, output2 * inverse[:, None])
+        output1 = tl.where(blind[:, None], 0.0, output1 * weight[:, None])
+        output2 = tl.where(blind[:, None], 0.0, output2 * weight[:, None])
         _store(output_ptr, start_q + first_m, output_strides[2], exists, output1, output2, D, ALIGN)
-    lse = tl.where(blind, float("inf"), top + tl.log2(total))
-    if lse_ptr is not None:
-        tl.store(lse_ptr + (tl.cast(batch, tl.int64) * heads + head) * M + start_q + rows, lse, mask=exists)
+    if top_ptr is not None:
+        row = (tl.cast(batch, tl.int64) * heads + head) * M + start_q + rows
+        tl.store(top_ptr + row, top, mask=exists)
+        tl.store(weight_ptr + row, weight, mask=exists)
 
     if partial_ptr is not None:
         counted = exists
         if query_mask_ptr is not None:
             query_mask_ptr = _of_batch(query_mask_ptr, query_mask_strides, batch)
             counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, BLOCK_M)
-        lse = tl.where(counted, lse, float("inf"))
+        top, weight = tl.where(counted, top, float("inf")), tl.where(counted, weight, 0.0)
         partial_ptr += ((tl.cast(batch, tl.int64) * heads + head) * tl.cdiv(M, BLOCK_M) + first_m // BLOCK_M) * N
         for first_n in range(0, end, BLOCK_N):
             columns = first_n + tl.arange(0, BLOCK_N)
             valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, BLOCK_N)
             k1, k2 = _load(k_ptr, start_k + first_n, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
-            p = tl.exp2(_product(k1, k2, q1, q2, D2) * logit_scale - lse[None, :])
+            p = tl.exp2(_product(k1, k2, q1, q2, D2) * logit_scale - top[None, :]) * weight[None, :]
             if CAUSAL:
                 p = tl.where(columns[:, None] <= rows[None, :] + shift, p, 0.0)
             if query_mask_ptr is not None:
@@ -372,7 +374,8 @@ def strip_kernel(
 def scores_kernel(
     q_ptr,
     k_ptr,
-    lse_ptr,  # [B, H, M]
+    top_ptr,  # [B, H, M], as `attention_kernel` leaves them
+    weight_ptr,  # None: `top` is a log-sum-exp
     partial_ptr,  # [B, H, splits, N]
     key_mask_ptr,
     query_mask_ptr,
@@ -380,7 +383,7 @@ def scores_kernel(
     lengths_k_ptr,
     q_strides,  # batch, head, row
     k_strides,
-    lse_strides,
+    top_strides,
     key_mask_strides,  # batch, row
     query_mask_strides,
     heads,
@@ -391,7 +394,7 @@ def scores_kernel(
     splits,
     split_rows,  # queries per split, a multiple of BLOCK_M
     logit_scale,
-    lse_scale,  # to base 2
+    top_scale,  # to base 2
     CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
@@ -401,7 +404,7 @@ def scores_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Column sums of exp(scale Q K^T - LSE) for one block of keys, one head, one share of the queries."""
+    """Column sums of the probabilities for one block of keys, one head, one share of the queries."""
     program = tl.program_id(0)
     located = _locate(program, heads * splits, N, M, lengths_k_ptr, lengths_q_ptr, segments, BLOCK_N)
     batch, slot, first_n, start_k, length_k, start_q, length_q = located
@@ -410,7 +413,9 @@ def scores_kernel(
     head = slot // splits
     q_ptr = _of_head(q_ptr, q_strides, batch, head, ALIGN)
     k_ptr = _of_head(k_ptr, k_strides, batch, head // group, ALIGN)
-    lse_ptr = _of_head(lse_ptr, lse_strides, batch, head, 1) + start_q
+    top_ptr = _of_head(top_ptr, top_strides, batch, head, 1) + start_q
+    if weight_ptr is not None:
+        weight_ptr = _of_head(weight_ptr, top_strides, batch, head, 1) + start_q
     key_mask_ptr = _of_batch(key_mask_ptr, key_mask_strides, batch)
     query_mask_ptr = _of_batch(query_mask_ptr, query_mask_strides, batch)
     columns = first_n + tl.arange(0, BLOCK_N)
@@ -430,8 +435,10 @@ def scores_kernel(
         exists = rows < length_q
         counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, BLOCK_M)
         q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
-        lse = tl.load(lse_ptr + rows, mask=counted, other=float("inf")) * lse_scale
-        p = tl.exp2(_product(q1, q2, k1, k2, D2) * logit_scale - lse[:, None])
+        top = tl.load(top_ptr + rows, mask=counted, other=float("inf")) * top_scale
+        p = tl.exp2(_product(q1, q2, k1, k2, D2) * logit_scale - top[:, None])
+        if weight_ptr is not None:
+            p *= tl.load(weight_ptr + rows, mask=counted, other=0.0)[:, None]
         if CAUSAL:
             p = tl.where(columns[None, :] <= rows[:, None] + shift, p, 0.0)
         if query_mask_ptr is not None:
