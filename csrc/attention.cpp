@@ -34,6 +34,7 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -233,18 +234,6 @@ Kernels choose_kernels(ScalarType dtype, int64_t isa) {
 
 // --------------------------------------------------------------------------------------------------------- scheduling
 
-// Calls f(task, worker) for every task. For balance, a thread takes the next task when it is free; no result depends on
-// which one does.
-template <class Task, class F>
-void for_each_task(const std::vector<Task>& tasks, int64_t workers, const F& f) {
-  const int64_t count = static_cast<int64_t>(tasks.size());
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, std::min(count, workers), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker)
-      for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < count;) f(tasks[task], worker);
-  });
-}
-
 // Adds columns [begin, end) of the slots of the units [first, last), all of one segment, to its scores.
 void sum_slots(const Problem& problem, const Unit* first, const Unit* last, int64_t begin, int64_t end) {
   const Segment& segment = *first->segment;
@@ -263,89 +252,126 @@ void sum_slots(const Problem& problem, const Unit* first, const Unit* last, int6
     }
 }
 
-// Packs, attends and sums up for the units [begin, end). `strips` holds `strip_floats` floats for every worker.
-void run_group(const Problem& problem, const Kernels& kernels, const Unit* begin, const Unit* end, float* strips,
-               int64_t strip_floats, int64_t workers) {
-  struct Task {
-    const Unit* unit;
-    int64_t first, head;  // panel, query row or column; query head within the unit
-  };
-  std::vector<Task> packs, chunks, sums;
-  for (const Unit* unit = begin; unit < end; ++unit) {
-    const Segment& segment = *unit->segment;
-    const int64_t panels = Panels(segment.visible, kernels.lanes, kernels.vectors).count;
-    for (int64_t panel = 0; panel < panels; ++panel) packs.push_back({unit, panel, 0});
-    for (int64_t head = 0; head < problem.group(); ++head)
-      for (int64_t row = 0; row < segment.queries; row += segment.chunk_rows()) chunks.push_back({unit, row, head});
-    if (problem.want_scores && (unit == begin || unit->segment != unit[-1].segment))
-      for (int64_t column = 0; column < segment.visible; column += kSumColumns) sums.push_back({unit, column, 0});
-  }
-  for_each_task(packs, workers, [&](const Task& task, int64_t) { kernels.pack(problem, *task.unit, task.first); });
-  for_each_task(chunks, workers, [&](const Task& task, int64_t worker) {
-    const Segment& segment = *task.unit->segment;
-    const int64_t chunk = task.first / segment.chunk_rows();
-    float* slot = nullptr;
-    if (problem.want_scores) {
-      slot = task.unit->slots + (task.head * segment.chunks() + chunk) * segment.slot_floats();
-      std::fill(slot, slot + segment.slot_floats(), 0.f);
-    }
-    kernels.attend(problem, *task.unit, task.head, task.first,
-                   std::min(task.first + segment.chunk_rows(), segment.queries), slot, strips + worker * strip_floats);
-  });
-  for_each_task(sums, workers, [&](const Task& task, int64_t) {
-    const Unit* last = task.unit;
-    while (last < end && last->segment == task.unit->segment) ++last;
-    sum_slots(problem, task.unit, last, task.first,
-              std::min(task.first + kSumColumns, task.unit->segment->visible));
-  });
-}
-
-void run(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
-  const int64_t group = problem.group(), inner = ceil_div(problem.depth, kernels.packing);
+struct Plan {
   std::vector<Unit> units;
-  std::vector<int64_t> offsets;         // of a unit's buffers within the memory of its group, in floats
-  std::vector<size_t> group_starts{0};  // the first unit of every group, and the number of units
-  int64_t used = 0, group_floats = 0, strip_floats = 0;
+  std::vector<size_t> groups{0};       // the first unit of every group, and the number of units
+  std::vector<int64_t> offsets;        // of every unit's three buffers within the memory of its group, in floats
+  int64_t group_floats, strip_floats;  // of the largest group, and of the buffers of one thread
+};
+
+Plan make_plan(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
+  Plan plan{};
+  int64_t used = 0;
   for (const Segment& segment : segments) {
     if (segment.queries == 0) continue;
-    const int64_t key_floats = round_up(segment.visible, kLine) * inner;
+    const int64_t key_floats = round_up(segment.visible, kLine) * ceil_div(problem.depth, kernels.packing);
     const int64_t value_floats =
         segment.output ? round_up(problem.depth, kLine) * ceil_div(segment.visible, kernels.packing) : 0;
-    const int64_t slots_floats = problem.want_scores ? group * segment.chunks() * segment.slot_floats() : 0;
+    const int64_t slots_floats =
+        problem.want_scores ? problem.group() * segment.chunks() * segment.slot_floats() : 0;
     const int64_t floats = key_floats + value_floats + slots_floats;
-    strip_floats = std::max(strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
+    plan.strip_floats = std::max(plan.strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
     for (int64_t head = 0; head < problem.key_heads; ++head) {
       if (used > 0 && used + floats > kGroupFloats) {
-        group_starts.push_back(units.size());
+        plan.groups.push_back(plan.units.size());
         used = 0;
       }
       const auto shift = [&](const char* p, int64_t elements) { return p ? p + elements * problem.element_size : p; };
       Unit unit{};
       unit.segment = &segment;
-      unit.head = head * group;
+      unit.head = head * problem.group();
       unit.query = shift(segment.query, unit.head * problem.query_head);
       unit.key = shift(segment.key, head * problem.key_head);
       unit.value = shift(segment.value, head * problem.value_head);
       unit.output = const_cast<char*>(shift(segment.output, unit.head * problem.output_head));
-      units.push_back(unit);
-      offsets.insert(offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
+      plan.units.push_back(unit);
+      plan.offsets.insert(plan.offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
       used += floats;
-      group_floats = std::max(group_floats, used);
+      plan.group_floats = std::max(plan.group_floats, used);
     }
   }
-  group_starts.push_back(units.size());
+  plan.groups.push_back(plan.units.size());
+  return plan;
+}
 
-  const int64_t workers = torch::stable::get_num_threads();
-  const Tensor scratch = torch::stable::empty({group_floats + workers * strip_floats}, ScalarType::Float);
-  float* const memory = static_cast<float*>(scratch.data_ptr());
-  for (size_t i = 0; i < units.size(); ++i) {
-    units[i].packed_key = memory + offsets[3 * i];
-    units[i].packed_value = memory + offsets[3 * i + 1];
-    units[i].slots = memory + offsets[3 * i + 2];
+enum class Step { kPack, kAttend, kSum };
+
+struct Task {
+  Step step;
+  const Unit *unit, *last;  // kSum: the units [unit, last)
+  int64_t first;            // panel, query row or column
+  int64_t head;             // kAttend: query head within the unit
+  int64_t after;            // how many tasks of the list must be finished first: all of the steps before this one
+};
+
+// Appends what is to be done for the units [begin, end) of a group.
+void add_tasks(const Problem& problem, const Kernels& kernels, const Unit* begin, const Unit* end,
+               std::vector<Task>& tasks) {
+  int64_t after = static_cast<int64_t>(tasks.size());
+  for (const Unit* unit = begin; unit < end; ++unit)
+    for (int64_t panel = 0; panel < Panels(unit->segment->visible, kernels.lanes, kernels.vectors).count; ++panel)
+      tasks.push_back({Step::kPack, unit, unit + 1, panel, 0, after});
+  after = static_cast<int64_t>(tasks.size());
+  for (const Unit* unit = begin; unit < end; ++unit)
+    for (int64_t head = 0; head < problem.group(); ++head)
+      for (int64_t row = 0; row < unit->segment->queries; row += unit->segment->chunk_rows())
+        tasks.push_back({Step::kAttend, unit, unit + 1, row, head, after});
+  if (!problem.want_scores) return;
+  after = static_cast<int64_t>(tasks.size());
+  for (const Unit *unit = begin, *last = begin; unit < end; unit = last) {
+    while (last < end && last->segment == unit->segment) ++last;
+    for (int64_t column = 0; column < unit->segment->visible; column += kSumColumns)
+      tasks.push_back({Step::kSum, unit, last, column, 0, after});
   }
-  for (size_t g = 0; g + 1 < group_starts.size(); ++g)
-    run_group(problem, kernels, units.data() + group_starts[g], units.data() + group_starts[g + 1],
-              memory + group_floats, strip_floats, workers);
+}
+
+// `strip`: the buffers of the thread.
+void execute(const Problem& problem, const Kernels& kernels, const Task& task, float* strip) {
+  const Unit& unit = *task.unit;
+  const Segment& segment = *unit.segment;
+  if (task.step == Step::kPack) {
+    kernels.pack(problem, unit, task.first);
+  } else if (task.step == Step::kAttend) {
+    const int64_t rows = segment.chunk_rows();
+    float* slot = nullptr;
+    if (problem.want_scores) {
+      slot = unit.slots + (task.head * segment.chunks() + task.first / rows) * segment.slot_floats();
+      std::fill(slot, slot + segment.slot_floats(), 0.f);
+    }
+    kernels.attend(problem, unit, task.head, task.first, std::min(task.first + rows, segment.queries), slot, strip);
+  } else {
+    sum_slots(problem, task.unit, task.last, task.first, std::min(task.first + kSumColumns, segment.visible));
+  }
+}
+
+void run(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
+  Plan plan = make_plan(problem, kernels, segments);
+  const int64_t threads = torch::stable::get_num_threads();
+  const Tensor scratch = torch::stable::empty({plan.group_floats + threads * plan.strip_floats}, ScalarType::Float);
+  float* const memory = static_cast<float*>(scratch.data_ptr());
+  float* const strips = memory + plan.group_floats;
+  for (size_t i = 0; i < plan.units.size(); ++i) {
+    plan.units[i].packed_key = memory + plan.offsets[3 * i];
+    plan.units[i].packed_value = memory + plan.offsets[3 * i + 1];
+    plan.units[i].slots = memory + plan.offsets[3 * i + 2];
+  }
+  std::vector<Task> tasks;
+  for (size_t g = 0; g + 1 < plan.groups.size(); ++g)
+    add_tasks(problem, kernels, plan.units.data() + plan.groups[g], plan.units.data() + plan.groups[g + 1], tasks);
+
+  // All steps share one parallel region: a fork and a barrier for each would cost more than the waiting below, and many
+  // times more where other processes compete for the cores. A thread takes the next task and waits until those before
+  // its step are finished. They were taken before, by threads that wait for nothing later, so somebody always moves on.
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  std::atomic<int64_t> next{0}, finished{0};
+  torch::stable::parallel_for(0, std::min(count, threads), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread)
+      for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+        while (finished.load(std::memory_order_acquire) < tasks[t].after) std::this_thread::yield();
+        execute(problem, kernels, tasks[t], strips + thread * plan.strip_floats);
+        finished.fetch_add(1, std::memory_order_release);
+      }
+  });
 }
 
 // ------------------------------------------------------------------------------------------------------------- checks
