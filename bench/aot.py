@@ -56,19 +56,13 @@ def variants() -> dict[str, Variant]:
     return by_name
 
 
-def digest(variant: Variant) -> str:
-    """Of all that decides the machine code but the compiler: a table entry with another digest is out of date.
-
-    Comments, docstrings and the position in the file do not count.
-    """
+def _sources(function) -> dict[str, str]:
+    """Code of a kernel, of the functions it calls, and the constants they use: no comments, no docstrings."""
     import triton
-    from triton.runtime.jit import JITFunction
 
     sources = {}
 
-    def visit(function: JITFunction) -> None:
-        if function.__name__ in sources:
-            return
+    def visit(function) -> None:
         tree = function.parse()
         body = tree.body[0].body
         if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
@@ -76,13 +70,18 @@ def digest(variant: Variant) -> str:
         sources[function.__name__] = ast.unparse(tree)
         for node in ast.walk(tree):
             value = function.__globals__.get(node.id) if isinstance(node, ast.Name) else None
-            if isinstance(value, JITFunction):
+            if isinstance(value, triton.JITFunction) and value.__name__ not in sources:
                 visit(value)
             elif isinstance(value, (triton.language.constexpr, int, float, str, tuple)):
                 sources[node.id] = repr(value)
 
-    visit(variant.function)
-    parts = (sources, variant.signature, variant.constexprs)
+    visit(function)
+    return sources
+
+
+def digest(variant: Variant) -> str:
+    """Of all that decides the machine code but the compiler: a table entry with another digest is out of date."""
+    parts = (_sources(variant.function), variant.signature, variant.constexprs)
     text = repr([*(sorted(part.items()) for part in parts), variant.num_warps, variant.num_stages])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -204,7 +203,7 @@ def read_table() -> dict:
 
 
 def stale(architectures: Sequence[int] = ARCHITECTURES) -> list[str]:
-    """Names of the variants that the table lacks for one of these architectures, or has of other code or another Triton."""
+    """Variants that the table lacks for one of these architectures, or has of other code or another Triton."""
     import triton
 
     table = read_table()

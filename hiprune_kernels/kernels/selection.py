@@ -385,7 +385,8 @@ def select_tokens(object_scores: Tensor, deep_scores: Tensor, *arguments) -> tup
 
     Args:
         object_scores: [B, slots, P + N], or packed [slots, T]: scores are the sums over the slots, added in slot order,
-            so that partial sums of the score kernels need no reduction of their own. Any strides.
+            so that partial sums need no launch of their own. Every program adds them up again: meant for a handful of
+            slots. Any strides.
         deep_scores: the same; its number of slots may be another.
         arguments: those of `torch.ops.hiprune.select_tokens` behind the scores; images of at most `MAX_TOKENS` tokens.
 
