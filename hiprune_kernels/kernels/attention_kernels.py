@@ -169,7 +169,7 @@ def attention_kernel(
     k_ptr,
     v_ptr,  # None: no output
     output_ptr,
-    top_ptr,  # None, or [B, H, M]: the largest logit of each row in base 2, +inf for a row that sees no key
+    top_ptr,  # None, or [B, H, M]: the largest logit of each row in base 2
     weight_ptr,  # 1 / the sum of exp2(logit - top), kept apart: top + log2(sum) would lose bits of large logits
     partial_ptr,  # None, or [B, H, blocks of queries, N]: the second sweep
     key_mask_ptr,
@@ -253,7 +253,6 @@ def attention_kernel(
 
     blind = total == 0.0  # sees no key
     weight = 1.0 / tl.where(blind, 1.0, total)
-    top = tl.where(blind, float("inf"), top)
     if v_ptr is not None:
         output_ptr = _of_head(output_ptr, output_strides, batch, head, ALIGN)
         output1 = tl.where(blind[:, None], 0.0, output1 * weight[:, None])

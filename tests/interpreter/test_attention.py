@@ -66,7 +66,7 @@ def test_edges_of_blocks(N, dtype, path):
 @each_path
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("masked", ["key", "query", "both", ""])
-@pytest.mark.parametrize("M, N", [(70, 100), (130, 66)])
+@pytest.mark.parametrize("M, N", [(70, 100), (130, 66), (80, 81)])
 def test_masks_and_causality(M, N, masked, causal, path):
     masks = {}
     if masked in ("key", "both"):
@@ -166,6 +166,9 @@ def test_nonfinite_queries_and_keys_reach_the_rows_that_see_them(causal, poison,
     assert scores[1, 1, :11].isnan().all()
     check_scores(scores[0], wanted_scores[0])
     check_scores(scores[1, 0], wanted_scores[1, 0])
+    key_mask = torch.arange(80).expand(2, -1) < 70
+    scores = attend(query, key, path=path, key_mask=key_mask, **options)[1]
+    assert torch.equal(scores[:, 70:], torch.zeros(2, 10))  # hidden keys, even in rows of NaN
 
 
 @each_path
