@@ -1,0 +1,90 @@
+"""What every section's cases share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .floors import Rates, measured_rates
+from .timing import Call, Clock, Measured, first_line, flush_l2
+
+Row = dict[str, Any]  # a line of a table, ready for JSON
+
+
+class Case(NamedTuple):
+    """A unit of measuring: it succeeds, fails or is skipped as a whole."""
+
+    name: str
+    seconds: float  # it takes about that long, compiling included
+    rows: Callable[[], list[Row]]
+
+
+class UnavailableError(RuntimeError):
+    """Something that this machine or shape does not offer; the message says why."""
+
+
+class PoisonedError(RuntimeError):
+    """After an error in a kernel the process can do nothing more on the GPU."""
+
+
+@dataclass(frozen=True)
+class Context:
+    device: torch.device
+    clock: Clock
+    quick: bool  # tiny shapes: everything runs, no figure means anything
+    flush: bool = False  # empty the L2 cache before every timed call of a kernel
+
+    @property
+    def samples(self) -> int:
+        return 3 if self.quick else 20
+
+    @functools.cached_property
+    def rates(self) -> Rates:
+        return measured_rates(self.device, self.clock)
+
+    @functools.cached_property
+    def prepare(self) -> Call | None:
+        return flush_l2(self.device) if self.flush else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of kernels' inputs. Triton's interpreter, in a dry run, computes bfloat16 products wrongly."""
+        return torch.float16 if self.quick else torch.bfloat16
+
+    def check_device(self) -> None:
+        """Raises PoisonedError where the device answers no more."""
+        if self.device.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+                torch.zeros(1, device=self.device).item()
+            except RuntimeError as error:
+                raise PoisonedError(first_line(error)) from error
+
+    def failure(self, error: Exception) -> str:
+        """The error in one line, for the table. Raises PoisonedError where work cannot go on after it."""
+        self.check_device()
+        return str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {first_line(error)}"
+
+
+def seconds_row(times: Measured, ours: Measured | None) -> Row:
+    """Times in microseconds, and as multiples of ours (above 1: ours is faster), launched and in a graph."""
+    launched, graph = times.launched, times.graph
+    row: Row = {
+        "us": launched.median * 1e6,
+        "us quartiles": [launched.low * 1e6, launched.high * 1e6],
+        "samples": launched.samples,
+        "calls per sample": launched.calls,
+    }
+    if graph is not None:
+        row |= {"graph us": graph.median * 1e6, "graph us quartiles": [graph.low * 1e6, graph.high * 1e6]}
+    elif times.note:
+        row["no graph"] = times.note
+    if ours is not None:
+        row["x ours"] = launched.median / ours.launched.median
+        if graph is not None and ours.graph is not None:
+            row["x ours, graph"] = graph.median / ours.graph.median
+    return row
