@@ -13,12 +13,10 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -29,40 +27,40 @@ using torch::stable::Tensor;
 namespace {
 
 enum Role : uint8_t { kDropped, kAnchor, kBuffer, kRegister };
-enum class Rule { kPaper, kOfficial, kGrid };
+enum Rule : int64_t { kPaper, kOfficial, kOfficialQwen, kGrid };  // the order of budget.RULES
 
 constexpr int64_t kSteps[8][2] = {{0, -1}, {0, 1}, {-1, 0}, {1, 0}, {-1, -1}, {-1, 1}, {1, -1}, {1, 1}};  // (row, column)
-
-struct Options {
-  Rule rule;
-  int64_t neighbors;  // how many of kSteps
-  bool anchors, buffers, registers;
-  double alpha;
-};
+constexpr int64_t kNeighbors[4] = {4, 8, 2, 0};  // how many of kSteps; the order of budget.CLUSTER_SIZES
 
 struct Image {
-  int64_t frames, height, width, budget;
+  int64_t frames, height, width, budget, anchors;
   int64_t count() const { return frames * height * width; }
 };
 
-Options parse_options(double alpha, const std::string& rule, const std::string& neighborhood,
-                      const std::vector<std::string>& keep_roles) {
-  const auto keeps = [&](const char* role) {
-    return std::find(keep_roles.begin(), keep_roles.end(), role) != keep_roles.end();
-  };
-  const int64_t neighbors = neighborhood == "cross" ? 4 : neighborhood == "square" ? 8 : neighborhood == "row" ? 2 : 0;
-  const Rule parsed = rule == "paper" ? Rule::kPaper : rule == "grid" ? Rule::kGrid : Rule::kOfficial;
-  return {parsed, neighbors, keeps("anchor"), keeps("buffer"), keeps("register"), alpha};
-}
+// hiprune_kernels.budget.SelectionPlan, from its flat form.
+struct Plan {
+  int64_t num_prefix_tokens, rule, neighbors;
+  bool buffers, registers;
+  std::vector<Image> images;
 
-// hiprune_kernels.budget.anchor_count, whose docstring says why; a test holds the two together.
-int64_t anchor_count(int64_t budget, const Options& options) {
-  if (!options.anchors) return 0;
-  const int64_t cluster = options.neighbors + 1;
-  const double share = (options.registers ? options.alpha : 1.0) * double(budget) / double(cluster);
-  if (options.rule == Rule::kOfficial) return std::llrint(share);  // half to even
-  return std::min<int64_t>(std::ceil(share - 1e-9), budget / cluster);
-}
+  explicit Plan(const std::vector<int64_t>& flat) {
+    STD_TORCH_CHECK(flat.size() >= 5 && flat.size() % 5 == 0, "plan: expected 5 numbers and 5 for each image, got ",
+                    flat.size());
+    STD_TORCH_CHECK(flat[0] >= 0 && flat[1] >= kPaper && flat[1] <= kGrid && flat[2] >= 0 && flat[2] < 4,
+                    "plan: no such prefix, rule or neighborhood");
+    num_prefix_tokens = flat[0], rule = flat[1], neighbors = kNeighbors[flat[2]];
+    buffers = flat[3] != 0, registers = flat[4] != 0;
+    for (size_t i = 5; i < flat.size(); i += 5) {
+      const Image image{flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4]};
+      STD_TORCH_CHECK(image.frames > 0 && image.height > 0 && image.width > 0 && image.budget > 0 &&
+                          image.budget <= image.count() && image.anchors <= image.budget,
+                      "plan: expected a budget of 1..", image.count(), " and no more anchors, got ", image.budget,
+                      " and ", image.anchors);
+      images.push_back(image);
+    }
+  }
+  bool official() const { return rule == kOfficial || rule == kOfficialQwen; }
+};
 
 // Keys in the order of the scores. NaN is 1, behind -inf; adding 0 turns -0 into +0, which must tie.
 template <class Score, class Key = std::conditional_t<sizeof(Score) == 8, uint64_t, uint32_t>>
@@ -129,14 +127,14 @@ class Ranking {
 
 // Calls visit(neighbour) for every neighbour of token i within its frame.
 template <class Visit>
-void for_each_neighbor(const Image& image, const Options& options, int64_t i, Visit visit) {
+void for_each_neighbor(const Image& image, const Plan& plan, int64_t i, Visit visit) {
   const int64_t frame = image.height * image.width, first = i - i % frame, last = first + frame - 1;
   const int64_t row = (i - first) / image.width, column = (i - first) % image.width;
-  for (int64_t step = 0; step < options.neighbors; ++step) {
+  for (int64_t step = 0; step < plan.neighbors; ++step) {
     const int64_t dy = kSteps[step][0], dx = kSteps[step][1], index = i + dy * image.width + dx;
-    if (options.rule == Rule::kOfficial) {
+    if (plan.official()) {
       visit(std::clamp(index, first, last));
-    } else if (options.rule == Rule::kPaper) {
+    } else if (plan.rule == kPaper) {
       if (index >= first && index <= last) visit(index);
     } else if (row + dy >= 0 && row + dy < image.height && column + dx >= 0 && column + dx < image.width) {
       visit(index);
@@ -153,7 +151,7 @@ struct Row {
 };
 
 template <class Score>
-void select_image(const Image& image, const Options& options, Row<Score> object, Row<Score> deep, Row<bool> mask,
+void select_image(const Image& image, const Plan& plan, Row<Score> object, Row<Score> deep, Row<bool> mask,
                   uint8_t* roles) {
   const int64_t n = image.count();
   const auto eligible = [&](int64_t i) { return !mask.data || mask[i]; };
@@ -163,11 +161,11 @@ void select_image(const Image& image, const Options& options, Row<Score> object,
   std::fill(roles, roles + n, kDropped);
 
   ranking.assign([&](int64_t i) { return eligible(i) ? key_of(object[i]) : 0; });
-  ranking.take_best(anchor_count(image.budget, options), kAnchor, roles);
-  if (options.buffers) {
+  ranking.take_best(image.anchors, kAnchor, roles);
+  if (plan.buffers) {
     for (int64_t i = 0; i < n; ++i)
       if (roles[i] == kAnchor)
-        for_each_neighbor(image, options, i, [&](int64_t j) {
+        for_each_neighbor(image, plan, i, [&](int64_t j) {
           if (open(j)) roles[j] = kBuffer;
         });
     int64_t excess = kept() - image.budget;  // too many (official rule): the highest indices go
@@ -176,10 +174,10 @@ void select_image(const Image& image, const Options& options, Row<Score> object,
   }
 
   const int64_t rest = image.budget - kept();
-  if (!options.registers) {
+  if (!plan.registers) {
     ranking.assign([&](int64_t i) { return open(i) ? key_of(object[i]) : 0; });
     ranking.take_best(rest, kAnchor, roles);
-  } else if (options.rule == Rule::kOfficial) {  // taken tokens lose 1 but stay in the race, as in the released code
+  } else if (plan.official()) {  // taken tokens lose 1 but stay in the race, as in the released code
     ranking.assign([&](int64_t i) {
       return eligible(i) ? key_of<Score>(deep[i] - (roles[i] == kDropped ? Score{0} : Score{1})) : 0;
     });
@@ -202,26 +200,21 @@ void parallel_over(int64_t count, int64_t grain, const Body& body) {
 // Where the images of a batch or of a packed sequence lie.
 class Layout {
  public:
-  Layout(const Tensor& scores, const std::vector<int64_t>& grids, const std::vector<int64_t>& budgets, int64_t prefix)
-      : dense_(scores.dim() == 2), prefix_(prefix), images_(dense_ ? scores.size(0) : int64_t(budgets.size())) {
-    STD_TORCH_CHECK(grids.size() == 3 * budgets.size() && (!dense_ || budgets.size() == 1),
-                    "grids, budgets: expected t, h, w and one budget for each image, got ", grids.size(), " and ",
-                    budgets.size(), " numbers");
-    for (size_t b = 0; b < budgets.size(); ++b) {
-      const Image image{grids[3 * b], grids[3 * b + 1], grids[3 * b + 2], budgets[b]};
-      STD_TORCH_CHECK(image.frames > 0 && image.height > 0 && image.width > 0 && image.budget > 0 &&
-                          image.budget <= image.count(),
-                      "budgets: expected 1..", image.count(), ", got ", image.budget);
-      shapes_.push_back(image);
+  Layout(const Tensor& scores, const Plan& plan)
+      : plan_(plan), dense_(scores.dim() == 2), images_(dense_ ? scores.size(0) : int64_t(plan.images.size())) {
+    STD_TORCH_CHECK(!dense_ || plan.images.size() == 1, "plan: expected one image for a batch, got ", plan.images.size());
+    for (const Image& image : plan.images) {
       token_start_.push_back(token_start_.back() + image.count());
       row_start_.push_back(row_start_.back() + image.budget);
     }
-    const int64_t columns = scores.size(dense_ ? 1 : 0), expected = token_start_.back() + (dense_ ? prefix : 0);
+    const int64_t columns = scores.size(dense_ ? 1 : 0);
+    const int64_t expected = token_start_.back() + (dense_ ? plan.num_prefix_tokens : 0);
     STD_TORCH_CHECK(columns == expected, "object_scores: expected ", expected, " columns, got ", columns);
   }
 
+  bool dense() const { return dense_; }
   int64_t images() const { return images_; }
-  const Image& image(int64_t b) const { return shapes_[dense_ ? 0 : b]; }
+  const Image& image(int64_t b) const { return plan_.images[dense_ ? 0 : b]; }
   int64_t first_token(int64_t b) const { return dense_ ? b * token_start_[1] : token_start_[b]; }  // in roles
   int64_t first_row(int64_t b) const { return dense_ ? b * row_start_[1] : row_start_[b]; }        // in indices, kept
   int64_t rows() const { return dense_ ? images_ * row_start_[1] : row_start_.back(); }
@@ -237,35 +230,29 @@ class Layout {
     return {data + token_start_[b] * t.stride(0), t.stride(0)};
   }
 
-  // Offset of the feature row that row r of `kept` copies.
-  int64_t feature_offset(const Tensor& features, int64_t r, int64_t index) const {
-    if (!dense_) return index * features.stride(0);
-    return (r / row_start_[1]) * features.stride(0) + (index + prefix_) * features.stride(1);
-  }
-
  private:
   std::vector<int64_t> shape(const std::vector<int64_t>& starts) const {
     return dense_ ? std::vector<int64_t>{images_, starts[1]} : std::vector<int64_t>{starts.back()};
   }
 
+  const Plan& plan_;
   bool dense_;
-  int64_t prefix_, images_;
-  std::vector<Image> shapes_;
+  int64_t images_;
   std::vector<int64_t> token_start_{0}, row_start_{0};
 };
 
 template <class Score>
-void select_images(const Layout& layout, const Options& options, const Tensor& object_scores, const Tensor& deep_scores,
-                   const std::optional<Tensor>& candidate_mask, int64_t prefix, Tensor& indices, Tensor& roles) {
+void select_images(const Layout& layout, const Plan& plan, const Tensor& object_scores, const Tensor& deep_scores,
+                   const std::optional<Tensor>& candidate_mask, Tensor& indices, Tensor& roles) {
+  const int64_t prefix = plan.num_prefix_tokens;
   parallel_over(layout.images(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const int64_t count = layout.image(b).count(), base = layout.index_base(b);
+      const int64_t count = layout.image(b).count(), budget = layout.image(b).budget, base = layout.index_base(b);
       auto* role = static_cast<uint8_t*>(roles.data_ptr()) + layout.first_token(b);
       auto* index = static_cast<int64_t*>(indices.data_ptr()) + layout.first_row(b);
-      select_image<Score>(layout.image(b), options, layout.row<Score>(object_scores, b, prefix),
+      select_image<Score>(layout.image(b), plan, layout.row<Score>(object_scores, b, prefix),
                           layout.row<Score>(deep_scores, b, prefix),
                           candidate_mask ? layout.row<bool>(*candidate_mask, b, 0) : Row<bool>{nullptr, 0}, role);
-      const int64_t budget = layout.image(b).budget;
       int64_t j = 0;
       for (int64_t i = 0; i < count && j < budget; ++i) {  // write, then advance if it was kept: no branch to mispredict
         index[j] = base + i;
@@ -276,7 +263,7 @@ void select_images(const Layout& layout, const Options& options, const Tensor& o
   });
 }
 
-Tensor gather_rows(const Layout& layout, const Tensor& features, const Tensor& indices) {
+Tensor gather_rows(const Layout& layout, const Plan& plan, const Tensor& features, const Tensor& indices) {
   const int64_t channels = features.size(features.dim() - 1);
   const bool contiguous = features.stride(features.dim() - 1) == 1 || channels <= 1;
   const Tensor source = contiguous ? features : torch::stable::contiguous(features);
@@ -284,58 +271,55 @@ Tensor gather_rows(const Layout& layout, const Tensor& features, const Tensor& i
   shape.push_back(channels);
   Tensor kept = torch::stable::empty(shape, features.scalar_type());
   const int64_t element = static_cast<int64_t>(features.element_size()), bytes = channels * element;
+  const int64_t batch_bytes = layout.dense() ? source.stride(0) * element : 0;
+  const int64_t row_bytes = source.stride(layout.dense() ? 1 : 0) * element;
+  const int64_t rows_per_image = layout.dense() ? plan.images[0].budget : std::max<int64_t>(layout.rows(), 1);
+  const int64_t prefix = layout.dense() ? plan.num_prefix_tokens : 0;
   const auto* index = static_cast<const int64_t*>(indices.data_ptr());
   const auto* from = static_cast<const char*>(source.data_ptr());
   auto* to = static_cast<char*>(kept.data_ptr());
   const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1));  // 256 KiB a task
   parallel_over(layout.rows(), grain, [&](int64_t begin, int64_t end) {
     for (int64_t r = begin; r < end; ++r) {
+      const char* row = from + r / rows_per_image * batch_bytes + (index[r] + prefix) * row_bytes;
       if (index[r] < 0)
         std::memset(to + r * bytes, 0, bytes);
       else
-        std::memcpy(to + r * bytes, from + layout.feature_offset(source, r, index[r]) * element, bytes);
+        std::memcpy(to + r * bytes, row, bytes);
     }
   });
   return kept;
 }
 
-std::tuple<Tensor, Tensor> select_in(const Layout& layout, const Options& options, const Tensor& object_scores,
-                                     const Tensor& deep_scores, const std::optional<Tensor>& candidate_mask,
-                                     int64_t prefix) {
+std::tuple<Tensor, Tensor> select_in(const Layout& layout, const Plan& plan, const Tensor& object_scores,
+                                     const Tensor& deep_scores, const std::optional<Tensor>& candidate_mask) {
   Tensor indices = torch::stable::empty(layout.rows_shape(), ScalarType::Long);
   Tensor roles = torch::stable::empty(layout.tokens_shape(), ScalarType::Byte);
   if (object_scores.scalar_type() == ScalarType::Double) {
-    select_images<double>(layout, options, object_scores, deep_scores, candidate_mask, prefix, indices, roles);
+    select_images<double>(layout, plan, object_scores, deep_scores, candidate_mask, indices, roles);
   } else {
     const auto as_float = [](const Tensor& t) {
       return t.scalar_type() == ScalarType::Float ? t : torch::stable::to(t, ScalarType::Float);
     };
-    select_images<float>(layout, options, as_float(object_scores), as_float(deep_scores), candidate_mask, prefix,
-                         indices, roles);
+    select_images<float>(layout, plan, as_float(object_scores), as_float(deep_scores), candidate_mask, indices, roles);
   }
   return {indices, roles};
 }
 
-// hiprune::select_tokens: indices [B, budget] or [sum(budgets)], roles [B, N] or [T].
+// hiprune::select_tokens: indices [B, budget] or [sum of budgets], roles [B, N] or [T].
 std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_scores, std::optional<Tensor> candidate_mask,
-                                         std::vector<int64_t> grids, std::vector<int64_t> budgets,
-                                         int64_t num_prefix_tokens, double alpha, std::string rule,
-                                         std::string neighborhood, std::vector<std::string> keep_roles) {
-  const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
-  const Options options = parse_options(alpha, rule, neighborhood, keep_roles);
-  return select_in(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens);
+                                         std::vector<int64_t> flat_plan) {
+  const Plan plan(flat_plan);
+  return select_in(Layout(object_scores, plan), plan, object_scores, deep_scores, candidate_mask);
 }
 
-// hiprune::prune_tokens: kept rows [B, budget, C] or [sum(budgets), C], then as select_tokens.
+// hiprune::prune_tokens: kept rows [B, budget, C] or [sum of budgets, C], then as select_tokens.
 std::tuple<Tensor, Tensor, Tensor> prune_tokens(Tensor features, Tensor object_scores, Tensor deep_scores,
-                                                std::optional<Tensor> candidate_mask, std::vector<int64_t> grids,
-                                                std::vector<int64_t> budgets, int64_t num_prefix_tokens, double alpha,
-                                                std::string rule, std::string neighborhood,
-                                                std::vector<std::string> keep_roles) {
-  const Layout layout(object_scores, grids, budgets, num_prefix_tokens);
-  const Options options = parse_options(alpha, rule, neighborhood, keep_roles);
-  auto [indices, roles] = select_in(layout, options, object_scores, deep_scores, candidate_mask, num_prefix_tokens);
-  return {gather_rows(layout, features, indices), indices, roles};
+                                                std::optional<Tensor> candidate_mask, std::vector<int64_t> flat_plan) {
+  const Plan plan(flat_plan);
+  const Layout layout(object_scores, plan);
+  auto [indices, roles] = select_in(layout, plan, object_scores, deep_scores, candidate_mask);
+  return {gather_rows(layout, plan, features, indices), indices, roles};
 }
 
 }  // namespace

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 RULES = ("paper", "official", "official_qwen", "grid")
 CLUSTER_SIZES = {"cross": 5, "square": 9, "row": 3, "none": 1}  # an anchor and its neighbours
@@ -93,3 +94,61 @@ def anchor_count(
         return round(share)
     # 0.07 * 100 is 7.000000000000001 in floating point: noise of that size must not add an anchor.
     return min(math.ceil(share - 1e-9), budget // cluster)
+
+
+class Image(NamedTuple):
+    """What is kept of one image: its grid, its budget in tokens, and how many of those are anchors."""
+
+    frames: int
+    height: int
+    width: int
+    budget: int
+    anchors: int
+
+
+class SelectionPlan(NamedTuple):
+    """A selection with all its arithmetic done, as every implementation takes it."""
+
+    num_prefix_tokens: int
+    rule: str
+    neighborhood: str
+    buffers: bool
+    registers: bool
+    images: tuple[Image, ...]  # of packed images one each; a batch shares one
+
+    @staticmethod
+    def from_flat(flat: Sequence[int]) -> SelectionPlan:
+        """The plan behind the list that `plan_selection` makes."""
+        prefix, rule, neighborhood, buffers, registers, *sizes = flat
+        images = tuple(Image(*sizes[i : i + 5]) for i in range(0, len(sizes), 5))
+        names = RULES[rule], _NEIGHBORHOODS[neighborhood]
+        return SelectionPlan(prefix, *names, bool(buffers), bool(registers), images)
+
+
+_NEIGHBORHOODS = tuple(CLUSTER_SIZES)
+
+
+def plan_selection(
+    grids: Sequence[Sequence[int]],
+    budgets: Sequence[int],
+    alpha: float = 0.1,
+    rule: str = "paper",
+    neighborhood: str = "cross",
+    keep_roles: Sequence[str] = ROLE_NAMES,
+    num_prefix_tokens: int = 0,
+) -> list[int]:
+    """The `SelectionPlan` for images with these grids (t, h, w) and budgets, as one flat list of integers.
+
+    Flat, because that is how it reaches the operators of torch: a call costs microseconds, and several lists and
+    strings would add half as much again.
+
+    Example:
+        >>> SelectionPlan.from_flat(plan_selection([(1, 24, 24)], [192])).images
+        (Image(frames=1, height=24, width=24, budget=192, anchors=4),)
+    """
+    buffers, registers = int("buffer" in keep_roles), int("register" in keep_roles)
+    plan = [num_prefix_tokens, RULES.index(rule), _NEIGHBORHOODS.index(neighborhood), buffers, registers]
+    for grid, budget in zip(grids, budgets):
+        anchors = anchor_count(budget, alpha=alpha, rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
+        plan += (*grid, budget, anchors)
+    return plan

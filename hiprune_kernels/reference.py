@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .budget import ROLE_NAMES, anchor_count
+from .budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
 
 DROPPED, ANCHOR, BUFFER, REGISTER = range(4)  # values of `roles`
 
@@ -227,9 +227,9 @@ def _best_first(scores: Tensor, eligible: Tensor) -> Tensor:
     return order[eligible[order]]
 
 
-def _neighbors(anchors: Tensor, grid: Sequence[int], rule: str, neighborhood: str) -> Tensor:
+def _neighbors(anchors: Tensor, image: Image, rule: str, neighborhood: str) -> Tensor:
     """Indices of the anchors' neighbours within their frame, in any order, with repetitions (Eq. 5)."""
-    h, w = grid[-2:]
+    h, w = image.height, image.width
     row, column = anchors % (h * w) // w, anchors % w
     first = anchors - anchors % (h * w)  # of the anchor's frame
     found = [anchors[:0]]
@@ -250,27 +250,22 @@ def _roles_of_image(
     object_scores: Tensor,  # [N]
     deep_scores: Tensor,  # [N]
     eligible: Tensor,  # [N] bool
-    grid: Sequence[int],
-    budget: int,
-    alpha: float,
-    rule: str,
-    neighborhood: str,
-    keep_roles: Sequence[str],
+    image: Image,
+    plan: SelectionPlan,
 ) -> Tensor:
     """Algorithm 1 for one image: uint8 [N]."""
     roles = torch.zeros_like(object_scores, dtype=torch.uint8)
-    num_anchors = anchor_count(budget, alpha=alpha, rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
-    anchors = _best_first(object_scores, eligible)[:num_anchors]  # Eq. 4
+    anchors = _best_first(object_scores, eligible)[: image.anchors]  # Eq. 4
     roles[anchors] = ANCHOR
-    if "buffer" in keep_roles:
-        buffers = _neighbors(anchors, grid, rule, neighborhood).unique(sorted=True)
+    if plan.buffers:
+        buffers = _neighbors(anchors, image, plan.rule, plan.neighborhood).unique(sorted=True)
         buffers = buffers[eligible[buffers] & (roles[buffers] == DROPPED)]
-        roles[buffers[: budget - len(anchors)]] = BUFFER  # too many (official rules): the highest indices go
+        roles[buffers[: image.budget - len(anchors)]] = BUFFER  # too many (official rules): the highest indices go
     taken = roles != DROPPED
-    rest = budget - int(taken.sum())
-    if "register" not in keep_roles:
+    rest = image.budget - int(taken.sum())
+    if not plan.registers:
         roles[_best_first(object_scores, eligible & ~taken)[:rest]] = ANCHOR
-    elif rule in ("official", "official_qwen"):  # taken tokens lose 1 but stay in the race
+    elif plan.rule in ("official", "official_qwen"):  # taken tokens lose 1 but stay in the race
         registers = _best_first(deep_scores - taken.to(deep_scores.dtype), eligible)[:rest]
         roles[registers[~taken[registers]]] = REGISTER
     else:
@@ -284,8 +279,41 @@ def _padded_indices(roles: Tensor, budget: int) -> Tensor:
     return torch.nn.functional.pad(kept, (0, budget - len(kept)), value=-1)
 
 
-def _float_scores(scores: Tensor) -> Tensor:
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+def select_planned(
+    object_scores: Tensor, deep_scores: Tensor, candidate_mask: Tensor | None, plan: SelectionPlan
+) -> tuple[Tensor, Tensor]:
+    """Anchors by object score, buffers around them, registers by deep score (Eq. 4 to 7); a batch, or packed images."""
+    dtype = torch.promote_types(object_scores.dtype, torch.float32)
+    objects, deeps = (x[..., plan.num_prefix_tokens :].to(dtype) for x in (object_scores, deep_scores))
+    eligible = torch.ones_like(objects, dtype=torch.bool) if candidate_mask is None else candidate_mask
+    batch, roles = objects.dim() == 2, torch.zeros_like(objects, dtype=torch.uint8)
+    indices, start = [roles.new_empty(0, dtype=torch.int64)], 0
+    for b, image in enumerate(plan.images * len(objects) if batch else plan.images):
+        where = b if batch else slice(start, start + image.frames * image.height * image.width)
+        roles[where] = _roles_of_image(objects[where], deeps[where], eligible[where], image, plan)
+        kept = _padded_indices(roles[where], image.budget)
+        indices.append(kept if batch else torch.where(kept < 0, kept, kept + start))
+        start = 0 if batch else where.stop
+    packed = torch.cat(indices)
+    return packed.view(len(objects), plan.images[0].budget) if batch else packed, roles
+
+
+def prune_planned(
+    features: Tensor, object_scores: Tensor, deep_scores: Tensor, candidate_mask: Tensor | None, plan: SelectionPlan
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_planned`, and the kept rows of the features (Eq. 8)."""
+    indices, roles = select_planned(object_scores, deep_scores, candidate_mask, plan)
+    return gather_rows(features[..., plan.num_prefix_tokens :, :], indices), indices, roles
+
+
+def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
+    """Rows [..., K, C] of features [..., N, C] at indices [..., K]; zeros where the index is -1 (Eq. 8)."""
+    rows = features.gather(-2, indices.clamp(min=0)[..., None].expand(*indices.shape, features.shape[-1]))
+    return rows.masked_fill(indices[..., None] < 0, 0.0)
+
+
+def _plan(grids: Sequence[Sequence[int]], *options) -> SelectionPlan:
+    return SelectionPlan.from_flat(plan_selection([(1, *grid)[-3:] for grid in grids], *options))
 
 
 def select_tokens(
@@ -301,16 +329,9 @@ def select_tokens(
     candidate_mask: Tensor | None = None,
     keep_roles: Sequence[str] = ROLE_NAMES,
 ) -> tuple[Tensor, Tensor]:
-    """Anchors by object score, buffers around them, registers by deep score (Eq. 4 to 7)."""
-    objects = _float_scores(object_scores)[:, num_prefix_tokens:]
-    deeps = _float_scores(deep_scores)[:, num_prefix_tokens:]
-    eligible = torch.ones_like(objects, dtype=torch.bool) if candidate_mask is None else candidate_mask
-    roles = torch.zeros_like(objects, dtype=torch.uint8)
-    indices = roles.new_empty(len(roles), budget, dtype=torch.int64)
-    for b, image in enumerate(zip(objects, deeps, eligible)):
-        roles[b] = _roles_of_image(*image, grid, budget, alpha, rule, neighborhood, keep_roles)
-        indices[b] = _padded_indices(roles[b], budget)
-    return indices, roles
+    """`select_planned` for a batch of images of one size."""
+    plan = _plan([grid], [budget], alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
+    return select_planned(object_scores, deep_scores, candidate_mask, plan)
 
 
 def select_tokens_varlen(
@@ -325,24 +346,9 @@ def select_tokens_varlen(
     candidate_mask: Tensor | None = None,
     keep_roles: Sequence[str] = ROLE_NAMES,
 ) -> tuple[Tensor, Tensor]:
-    """`select_tokens` of every image by itself; indices are positions in the packed sequence."""
-    objects, deeps = _float_scores(object_scores), _float_scores(deep_scores)
-    eligible = torch.ones_like(objects, dtype=torch.bool) if candidate_mask is None else candidate_mask
-    roles, indices, start = torch.zeros_like(objects, dtype=torch.uint8), [objects.new_empty(0, dtype=torch.int64)], 0
-    for grid, budget in zip(grids, budgets):
-        image = slice(start, start + math.prod(grid))
-        scores = (objects[image], deeps[image], eligible[image])
-        roles[image] = _roles_of_image(*scores, grid, budget, alpha, rule, neighborhood, keep_roles)
-        kept = _padded_indices(roles[image], budget)
-        indices.append(torch.where(kept < 0, kept, kept + start))
-        start = image.stop
-    return torch.cat(indices), roles
-
-
-def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
-    """Rows [..., K, C] of features [..., N, C] at indices [..., K]; zeros where the index is -1 (Eq. 8)."""
-    rows = features.gather(-2, indices.clamp(min=0)[..., None].expand(*indices.shape, features.shape[-1]))
-    return rows.masked_fill(indices[..., None] < 0, 0.0)
+    """`select_planned` for packed images, each by itself; indices are positions in the packed sequence."""
+    plan = _plan(grids, budgets, alpha, rule, neighborhood, keep_roles)
+    return select_planned(object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens(
@@ -359,20 +365,9 @@ def prune_tokens(
     candidate_mask: Tensor | None = None,
     keep_roles: Sequence[str] = ROLE_NAMES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`select_tokens`, and the kept rows of the features (Eq. 8)."""
-    indices, roles = select_tokens(
-        object_scores,
-        deep_scores,
-        budget=budget,
-        alpha=alpha,
-        grid=grid,
-        rule=rule,
-        neighborhood=neighborhood,
-        num_prefix_tokens=num_prefix_tokens,
-        candidate_mask=candidate_mask,
-        keep_roles=keep_roles,
-    )
-    return gather_rows(features[:, num_prefix_tokens:], indices), indices, roles
+    """`prune_planned` for a batch of images of one size."""
+    plan = _plan([grid], [budget], alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
+    return prune_planned(features, object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens_varlen(
@@ -388,16 +383,6 @@ def prune_tokens_varlen(
     candidate_mask: Tensor | None = None,
     keep_roles: Sequence[str] = ROLE_NAMES,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`select_tokens_varlen`, and the kept rows of the packed features."""
-    indices, roles = select_tokens_varlen(
-        object_scores,
-        deep_scores,
-        grids=grids,
-        budgets=budgets,
-        alpha=alpha,
-        rule=rule,
-        neighborhood=neighborhood,
-        candidate_mask=candidate_mask,
-        keep_roles=keep_roles,
-    )
-    return gather_rows(features, indices), indices, roles
+    """`prune_planned` for packed images."""
+    plan = _plan(grids, budgets, alpha, rule, neighborhood, keep_roles)
+    return prune_planned(features, object_scores, deep_scores, candidate_mask, plan)

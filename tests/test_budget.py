@@ -5,7 +5,17 @@ from fractions import Fraction
 
 import pytest
 
-from hiprune_kernels.budget import CLUSTER_SIZES, RULES, anchor_count, check_selection_options, resolve_budget
+from hiprune_kernels.budget import (
+    CLUSTER_SIZES,
+    ROLE_NAMES,
+    RULES,
+    Image,
+    SelectionPlan,
+    anchor_count,
+    check_selection_options,
+    plan_selection,
+    resolve_budget,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +103,16 @@ def test_selection_option_errors(change, message):
     check_selection_options(**options)
     with pytest.raises(ValueError, match=message):
         check_selection_options(**{**options, **change})
+
+
+def test_selection_plan():
+    flat = plan_selection([(1, 24, 24), (2, 3, 4)], [192, 5], 0.5, "grid", "row", ("anchor", "register"))
+    plan = SelectionPlan.from_flat(flat)
+    assert plan.images == (Image(1, 24, 24, 192, 32), Image(2, 3, 4, 5, 1))
+    assert (plan.buffers, plan.registers, plan.num_prefix_tokens) == (False, True, 0)
+    for rule in RULES:
+        for neighborhood in CLUSTER_SIZES:
+            flat = plan_selection([(1, 6, 6)], [9], 0.1, rule, neighborhood, ROLE_NAMES, 1)
+            plan = SelectionPlan.from_flat(flat)
+            assert (plan.rule, plan.neighborhood, plan.num_prefix_tokens) == (rule, neighborhood, 1)
+            assert (plan.buffers, plan.registers) == (True, True)

@@ -1,6 +1,5 @@
 """Public selection operators on the CPU: the C++ kernel against the reference, bad input, gradients, compilation."""
 
-import itertools
 import math
 import random
 
@@ -10,7 +9,7 @@ from torch.library import opcheck
 
 import hiprune_kernels as hk
 from hiprune_kernels import reference
-from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES, anchor_count
+from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES, plan_selection
 from hiprune_kernels.ops.library import CPU_KERNELS
 
 needs_cpu_kernels = pytest.mark.skipif(not CPU_KERNELS, reason="the C++ extension is not built")
@@ -85,18 +84,6 @@ def test_kernel_equals_reference(seed):
 
 
 @needs_cpu_kernels
-def test_anchor_count_in_cpp_equals_budget():
-    """selection.cpp repeats one line of arithmetic; here the two are held together over budgets and alphas."""
-    scores = torch.arange(150, 0, -1).float()[None]
-    for rule, neighborhood, alpha in itertools.product(RULES, CLUSTER_SIZES, (0.0, 0.07, 0.1, 0.3, 0.5, 0.7, 1.0)):
-        options = {"alpha": alpha, "rule": rule, "neighborhood": neighborhood}
-        for budget in range(1, 150, 3):
-            keep = {"keep_roles": ("anchor", "register")}
-            _, roles = hk.select_tokens(scores, scores, budget=budget, grid=(1, 150), **options, **keep)
-            assert int((roles == reference.ANCHOR).sum()) == anchor_count(budget, **options, **keep), (options, budget)
-
-
-@needs_cpu_kernels
 @pytest.mark.parametrize("count", [4096, 16384, 65536])
 def test_large_grids(count):
     side = math.isqrt(count)
@@ -148,16 +135,16 @@ def test_gradient_of_the_gather():
         assert not hk.prune_tokens(features, scores, scores, budget=9, grid=(4, 10))[0].requires_grad
 
 
-OPERATOR_ARGUMENTS = (None, [1, 6, 6], [9], 1, 0.1, "paper", "cross", list(ROLE_NAMES))
+PLAN = plan_selection([(1, 6, 6)], [9], 0.1, "paper", "cross", ROLE_NAMES, 1)
 
 
 def test_opcheck():
     scores, features = torch.rand(2, 37), torch.randn(2, 37, 5)
     mask = torch.rand(2, 36) < 0.7
-    opcheck(torch.ops.hiprune.select_tokens.default, (scores, scores, *OPERATOR_ARGUMENTS))
-    opcheck(torch.ops.hiprune.prune_tokens.default, (features, scores, scores, mask, *OPERATOR_ARGUMENTS[1:]))
-    packed = (None, [1, 6, 6, 2, 3, 4], [9, 5], 0, *OPERATOR_ARGUMENTS[4:])
-    opcheck(torch.ops.hiprune.prune_tokens.default, (torch.randn(60, 5), torch.rand(60), torch.rand(60), *packed))
+    opcheck(torch.ops.hiprune.select_tokens.default, (scores, scores, None, PLAN))
+    opcheck(torch.ops.hiprune.prune_tokens.default, (features, scores, scores, mask, PLAN))
+    packed = plan_selection([(1, 6, 6), (2, 3, 4)], [9, 5], 0.1, "grid", "square", ROLE_NAMES)
+    opcheck(torch.ops.hiprune.prune_tokens.default, (torch.randn(60, 5), torch.rand(60), torch.rand(60), None, packed))
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -186,11 +173,11 @@ def test_compiles_without_graph_breaks(requires_grad):
 def test_devices_without_a_kernel_go_to_the_reference(monkeypatch):
     """The composite kernel is what a pure-Python install, or a device without kernels, runs."""
     calls = []
-    original = reference.select_tokens
-    monkeypatch.setattr(reference, "select_tokens", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = reference.select_planned
+    monkeypatch.setattr(reference, "select_planned", lambda *a, **k: calls.append(1) or original(*a, **k))
     monkeypatch.setattr(hk.ops.selection, "warn_without_cpu_kernels", lambda: calls.append("warned"))
     scores = torch.rand(2, 37)
-    result = hk.ops.selection._select_reference(scores, scores, *OPERATOR_ARGUMENTS)
+    result = hk.ops.selection._select_reference(scores, scores, None, PLAN)
     assert calls == ["warned", 1]
     for x, y in zip(result, hk.select_tokens(scores, scores, budget=9, grid=(6, 6), num_prefix_tokens=1)):
         assert torch.equal(x, y)

@@ -9,7 +9,6 @@ from the first, and no table has to outlive it. Results depend on nothing but th
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..budget import ROLE_NAMES, anchor_count
+from ..budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
 from ..reference import ANCHOR, BUFFER, DROPPED, NEIGHBORS, REGISTER
 
 MAX_TOKENS = 16384  # of one image: the most that one program's registers hold
@@ -261,21 +260,9 @@ class _Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(
-    grids: tuple[int, ...],
-    budgets: tuple[int, ...],
-    alpha: float,
-    rule: str,
-    neighborhood: str,
-    keep_roles: tuple[str, ...],
-    batch: int | None,
-) -> list[_Launch]:
+def _launches(images: tuple[Image, ...], batch: int | None) -> list[_Launch]:
     """The launches for a batch of `batch` images that share one entry, or, None, for packed images: usually one."""
-    entries = []
-    for k, budget in enumerate(budgets):
-        t, h, w = grids[3 * k : 3 * k + 3]
-        anchors = anchor_count(budget, alpha=alpha, rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
-        entries.append((t * h * w, h * w, w, budget, anchors))
+    entries = [(i.frames * i.height * i.width, i.height * i.width, i.width, i.budget, i.anchors) for i in images]
     if len(set(entries)) == 1:
         tokens, _, _, budget, _ = entries[0]
         return [_Launch(len(entries) if batch is None else batch, tuple(map(float, entries[0])), 0, 0, tokens, budget)]
@@ -296,15 +283,13 @@ def _warps(tokens: int) -> int:
     return max(4, min(32, triton.next_power_of_2(tokens) // 256))
 
 
-def _constants(
-    packed: bool, tokens: int, element_size: int, rule: str, neighborhood: str, keep_roles: Sequence[str]
-) -> dict:
+def _constants(packed: bool, tokens: int, element_size: int, plan: SelectionPlan) -> dict:
     """The kernel's compile-time arguments. `tokens`: of the largest image."""
     return {
         "PACKED": packed,
-        "RULE": "official" if rule == "official_qwen" else rule,  # they differ in the scores they are given
-        "STEPS": NEIGHBORS[neighborhood] if "buffer" in keep_roles else (),
-        "REGISTERS": "register" in keep_roles,
+        "RULE": "official" if plan.rule == "official_qwen" else plan.rule,  # they differ in the scores they are given
+        "STEPS": NEIGHBORS[plan.neighborhood] if plan.buffers else (),
+        "REGISTERS": plan.registers,
         "BLOCK": max(16, triton.next_power_of_2(tokens)),
         "COUNTS_FIT": tokens <= 1023,
         "ROWS": _ROWS,
@@ -317,18 +302,12 @@ def _select(
     object_scores: Tensor,
     deep_scores: Tensor,
     candidate_mask: Tensor | None,
-    grids: Sequence[int],
-    budgets: Sequence[int],
-    num_prefix_tokens: int,
-    alpha: float,
-    rule: str,
-    neighborhood: str,
-    keep_roles: Sequence[str],
+    plan: SelectionPlan,
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     packed = object_scores.dim() == 2
     batch = () if packed else (len(object_scores),)
-    tokens = object_scores.shape[-1] - num_prefix_tokens
-    indices = object_scores.new_empty(*batch, sum(budgets), dtype=torch.int64)
+    tokens = object_scores.shape[-1] - plan.num_prefix_tokens
+    indices = object_scores.new_empty(*batch, sum(image.budget for image in plan.images), dtype=torch.int64)
     roles = object_scores.new_empty(*batch, tokens, dtype=torch.uint8)
     kept = source = target = None
     if features is not None:
@@ -339,9 +318,8 @@ def _select(
         source, target = features.view(integer), kept.view(integer)
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     element_size = 8 if source is None else source.element_size()
-    options = (alpha, rule, neighborhood, tuple(keep_roles))
 
-    for launch in _plan(tuple(grids), tuple(budgets), *options, *(batch or (None,))):
+    for launch in _launches(plan.images, *(batch or (None,))):
         if launch.count == 0:
             continue
         parts = 1
@@ -360,7 +338,7 @@ def _select(
             launch.token_start,
             launch.row_start,
             rows,
-            num_prefix_tokens,
+            plan.num_prefix_tokens,
             0 if source is None else source.shape[-1],
             object_scores.shape[-2],
             deep_scores.shape[-2],
@@ -368,7 +346,7 @@ def _select(
             *_strides(deep_scores, 3),
             *_strides(mask, 2),
             *_strides(source, 3),
-            **_constants(packed, launch.tokens, element_size, rule, neighborhood, keep_roles),
+            **_constants(packed, launch.tokens, element_size, plan),
             num_warps=_warps(launch.tokens),
         )
     return kept, indices, roles
@@ -380,7 +358,9 @@ def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
     return (0,) * (dims - len(strides)) + strides
 
 
-def select_tokens(object_scores: Tensor, deep_scores: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+def select_tokens(
+    object_scores: Tensor, deep_scores: Tensor, candidate_mask: Tensor | None, plan: SelectionPlan
+) -> tuple[Tensor, Tensor]:
     """`reference.select_tokens` and `select_tokens_varlen` on a GPU.
 
     Args:
@@ -388,33 +368,34 @@ def select_tokens(object_scores: Tensor, deep_scores: Tensor, *arguments) -> tup
             so that partial sums need no launch of their own. Every program adds them up again: meant for a handful of
             slots. Any strides.
         deep_scores: the same; its number of slots may be another.
-        arguments: those of `torch.ops.hiprune.select_tokens` behind the scores; images of at most `MAX_TOKENS` tokens.
+        candidate_mask: [B, N] or [T] bool, or None.
+        plan: images of at most `MAX_TOKENS` tokens.
 
     Returns:
         indices, roles: as the operator.
 
     Example:
-        >>> indices, roles = select_tokens(sums, deep[:, None], None, [1, 24, 24], [192], 1, *options)
+        >>> indices, roles = select_tokens(sums, deep[:, None], None, plan)
     """
-    return _select(None, object_scores, deep_scores, *arguments)[1:]
+    return _select(None, object_scores, deep_scores, candidate_mask, plan)[1:]
 
 
 def prune_tokens(
-    features: Tensor, object_scores: Tensor, deep_scores: Tensor, *arguments
+    features: Tensor, object_scores: Tensor, deep_scores: Tensor, candidate_mask: Tensor | None, plan: SelectionPlan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`select_tokens`, and in the same launch the kept rows of `features`.
 
     Args:
         features: [B, P + N, C] or [T, C], any dtype and strides.
-        object_scores, deep_scores, arguments: as `select_tokens`.
+        object_scores, deep_scores, candidate_mask, plan: as `select_tokens`.
 
     Returns:
         kept, indices, roles: as `torch.ops.hiprune.prune_tokens`.
 
     Example:
-        >>> kept, indices, roles = prune_tokens(features, sums, deep[:, None], None, [1, 24, 24], [192], 1, *options)
+        >>> kept, indices, roles = prune_tokens(features, sums, deep[:, None], None, plan)
     """
-    return _select(features, object_scores, deep_scores, *arguments)
+    return _select(features, object_scores, deep_scores, candidate_mask, plan)
 
 
 def aot_variants() -> list[tuple]:
@@ -427,7 +408,8 @@ def aot_variants() -> list[tuple]:
     def variant(
         name, tokens, rule="paper", neighborhood="cross", keep_roles=ROLE_NAMES, missing=("mask_ptr",), **types
     ):
-        constants = _constants("images" in types, tokens, 2, rule, neighborhood, keep_roles)
+        flat = plan_selection([], [], rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
+        constants = _constants("images" in types, tokens, 2, SelectionPlan.from_flat(flat))
         ones = ("object_slots", "deep_slots", "stride_ot", "stride_dt", "stride_mt", "stride_fc")
         constants |= {**dict.fromkeys(set(ones) - set(types), 1), **dict.fromkeys(missing)}
         return f"select_kernel/{name}", select_kernel, signature | types, constants, _warps(tokens), 3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..budget import ROLE_NAMES, check_selection_options
+from ..budget import ROLE_NAMES, SelectionPlan, check_selection_options, plan_selection
 from .checks import check_budget, check_floating, check_grid, check_like, check_mask, check_shape, check_tensor
 from .library import NO_TRITON, TRITON, library, warn_without_cpu_kernels
 
@@ -70,7 +70,7 @@ def select_tokens(
         >>> indices.shape, int((roles == 1).sum())
         (torch.Size([1, 192]), 4)
     """
-    grid = _check_dense(
+    plan = _check_dense(
         object_scores,
         deep_scores,
         budget,
@@ -82,9 +82,7 @@ def select_tokens(
         candidate_mask,
         keep_roles,
     )
-    images = (candidate_mask, grid, [budget], num_prefix_tokens)
-    options = (alpha, rule, neighborhood, keep_roles)
-    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, *images, *options)
+    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens(
@@ -120,7 +118,7 @@ def prune_tokens(
         >>> torch.equal(kept[0], features[0, indices[0]])
         True
     """
-    grid = _check_dense(
+    plan = _check_dense(
         object_scores,
         deep_scores,
         budget,
@@ -133,9 +131,7 @@ def prune_tokens(
         keep_roles,
     )
     _check_features(features, "B P+N C", object_scores)
-    images = (candidate_mask, grid, [budget], num_prefix_tokens)
-    options = (alpha, rule, neighborhood, keep_roles)
-    return _prune(features, num_prefix_tokens, object_scores, deep_scores, *images, *options)
+    return _prune(features, object_scores, deep_scores, candidate_mask, plan)
 
 
 def select_tokens_varlen(
@@ -173,12 +169,10 @@ def select_tokens_varlen(
         >>> indices.shape
         torch.Size([85])
     """
-    grids, budgets = _check_packed(
+    plan = _check_packed(
         object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
     )
-    images = (candidate_mask, grids, budgets, 0)
-    options = (alpha, rule, neighborhood, keep_roles)
-    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, *images, *options)
+    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens_varlen(
@@ -213,21 +207,23 @@ def prune_tokens_varlen(
         >>> torch.equal(kept, features[indices])
         True
     """
-    grids, budgets = _check_packed(
+    plan = _check_packed(
         object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
     )
     _check_features(features, "T C", object_scores)
-    images = (candidate_mask, grids, budgets, 0)
-    options = (alpha, rule, neighborhood, keep_roles)
-    return _prune(features, 0, object_scores, deep_scores, *images, *options)
+    return _prune(features, object_scores, deep_scores, candidate_mask, plan)
 
 
-def _prune(features: Tensor, num_prefix_tokens: int, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def _prune(features, object_scores, deep_scores, candidate_mask, plan) -> tuple[Tensor, Tensor, Tensor]:
     if features.requires_grad and torch.is_grad_enabled():
         # The fused operator has no backward (one in Python would cost more than the kernel); PyTorch's own gather has.
-        indices, roles = torch.ops.hiprune.select_tokens.default(*arguments)
-        return reference.gather_rows(features[..., num_prefix_tokens:, :], indices), indices, roles
-    return torch.ops.hiprune.prune_tokens.default(features, *arguments)
+        indices, roles = torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
+        return (
+            reference.gather_rows(features[..., SelectionPlan.from_flat(plan).num_prefix_tokens :, :], indices),
+            indices,
+            roles,
+        )
+    return torch.ops.hiprune.prune_tokens.default(features, object_scores, deep_scores, candidate_mask, plan)
 
 
 # -------------------------------------------------------------------------------------------------------- checks
@@ -263,10 +259,12 @@ def _check_dense(
     if type(num_prefix_tokens) is not int or num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens: expected an int, at least 0, got {num_prefix_tokens!r}")
     _check_scores(object_scores, deep_scores, candidate_mask, "B P+N", num_prefix_tokens, math.prod(grid))
-    return grid
+    return plan_selection((grid,), (budget,), alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
 
 
-def _check_packed(object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles):
+def _check_packed(
+    object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
+) -> list[int]:
     check_selection_options(alpha, rule, neighborhood, keep_roles)
     grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
     budgets = list(budgets)
@@ -275,46 +273,35 @@ def _check_packed(object_scores, deep_scores, grids, budgets, alpha, rule, neigh
     for i, (budget, grid) in enumerate(zip(budgets, grids)):
         check_budget(f"budgets[{i}]", budget, grid)
     _check_scores(object_scores, deep_scores, candidate_mask, "T", 0, sum(map(math.prod, grids)))
-    return [side for grid in grids for side in grid], budgets
+    return plan_selection(grids, budgets, alpha, rule, neighborhood, keep_roles)
 
 
 # ------------------------------------------------------------------------------------------------------ dispatch
 
-# csrc/selection.cpp serves both on CPUs, whole (no Python in between: the kernel takes microseconds).
-_ARGUMENTS = (
-    "Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] grids, int[] budgets, "
-    "int num_prefix_tokens, float alpha, str rule, str neighborhood, str[] keep_roles"  # grids: t, h, w of each image
-)
+# csrc/selection.cpp serves both on CPUs, whole (no Python in between: the kernel takes microseconds). `plan` is
+# `budget.plan_selection`'s list.
+_ARGUMENTS = "Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] plan"
 library.define(f"select_tokens({_ARGUMENTS}) -> (Tensor indices, Tensor roles)")
 library.define(f"prune_tokens(Tensor features, {_ARGUMENTS}) -> (Tensor kept, Tensor indices, Tensor roles)")
 
 
-def _reference_arguments(
-    object_scores, candidate_mask, grids, budgets, num_prefix_tokens, alpha, rule, neighborhood, keep_roles
-) -> dict:
+@torch.library.impl(library, "select_tokens", "CompositeExplicitAutograd")
+def _select_reference(object_scores, deep_scores, candidate_mask, plan):
     if object_scores.device.type == "cpu":
         warn_without_cpu_kernels()
-    options = {"alpha": alpha, "rule": rule, "neighborhood": neighborhood, "keep_roles": keep_roles}
-    options["candidate_mask"] = candidate_mask
-    if object_scores.dim() == 2:
-        return {"grid": grids, "budget": budgets[0], "num_prefix_tokens": num_prefix_tokens, **options}
-    return {"grids": [grids[i : i + 3] for i in range(0, len(grids), 3)], "budgets": budgets, **options}
-
-
-@torch.library.impl(library, "select_tokens", "CompositeExplicitAutograd")
-def _select_reference(object_scores, deep_scores, *arguments):
-    select = reference.select_tokens if object_scores.dim() == 2 else reference.select_tokens_varlen
-    return select(object_scores, deep_scores, **_reference_arguments(object_scores, *arguments))
+    return reference.select_planned(object_scores, deep_scores, candidate_mask, SelectionPlan.from_flat(plan))
 
 
 @torch.library.impl(library, "prune_tokens", "CompositeExplicitAutograd")
-def _prune_reference(features, object_scores, deep_scores, *arguments):
-    prune = reference.prune_tokens if object_scores.dim() == 2 else reference.prune_tokens_varlen
-    return prune(features, object_scores, deep_scores, **_reference_arguments(object_scores, *arguments))
+def _prune_reference(features, object_scores, deep_scores, candidate_mask, plan):
+    if object_scores.device.type == "cpu":
+        warn_without_cpu_kernels()
+    plan = SelectionPlan.from_flat(plan)
+    return reference.prune_planned(features, object_scores, deep_scores, candidate_mask, plan)
 
 
-def cuda_kernel_gap(grids: Sequence[int]) -> str:
-    """Why kernels/selection.py does not cover a CUDA call on these grids (t, h, w of each image), or "" where it does.
+def cuda_kernel_gap(plan: SelectionPlan) -> str:
+    """Why kernels/selection.py does not cover a CUDA call, or "" where it does.
 
     The reference serves what it does not cover; it synchronises, and cannot be captured in a CUDA graph.
     """
@@ -322,36 +309,37 @@ def cuda_kernel_gap(grids: Sequence[int]) -> str:
         return NO_TRITON
     from ..kernels.selection import MAX_TOKENS
 
-    most = max((math.prod(grids[i : i + 3]) for i in range(0, len(grids), 3)), default=0)
+    most = max((image.frames * image.height * image.width for image in plan.images), default=0)
     return "" if most <= MAX_TOKENS else f"an image of {most} tokens, above {MAX_TOKENS}"
 
 
 @torch.library.impl(library, "select_tokens", "CUDA")
-def _select_cuda(object_scores, deep_scores, candidate_mask, grids, *arguments):
-    if cuda_kernel_gap(grids):
-        return _select_reference(object_scores, deep_scores, candidate_mask, grids, *arguments)
+def _select_cuda(object_scores, deep_scores, candidate_mask, plan):
+    if cuda_kernel_gap(decoded := SelectionPlan.from_flat(plan)):
+        return _select_reference(object_scores, deep_scores, candidate_mask, plan)
     from ..kernels import selection
 
     scores = object_scores.unsqueeze(-2), deep_scores.unsqueeze(-2)  # the kernel also takes partial sums
     with torch.cuda.device_of(object_scores):
-        return selection.select_tokens(*scores, candidate_mask, grids, *arguments)
+        return selection.select_tokens(*scores, candidate_mask, decoded)
 
 
 @torch.library.impl(library, "prune_tokens", "CUDA")
-def _prune_cuda(features, object_scores, deep_scores, candidate_mask, grids, *arguments):
-    if cuda_kernel_gap(grids):
-        return _prune_reference(features, object_scores, deep_scores, candidate_mask, grids, *arguments)
+def _prune_cuda(features, object_scores, deep_scores, candidate_mask, plan):
+    if cuda_kernel_gap(decoded := SelectionPlan.from_flat(plan)):
+        return _prune_reference(features, object_scores, deep_scores, candidate_mask, plan)
     from ..kernels import selection
 
     scores = object_scores.unsqueeze(-2), deep_scores.unsqueeze(-2)
     with torch.cuda.device_of(object_scores):
-        return selection.prune_tokens(features, *scores, candidate_mask, grids, *arguments)
+        return selection.prune_tokens(features, *scores, candidate_mask, decoded)
 
 
 @torch.library.register_fake("hiprune::select_tokens", lib=library)
-def _select_fake(object_scores, deep_scores, candidate_mask, grids, budgets, num_prefix_tokens, *_):
-    lead, tokens = object_scores.shape[:-1], object_scores.shape[-1] - num_prefix_tokens
-    indices = object_scores.new_empty(*lead, sum(budgets), dtype=torch.int64)
+def _select_fake(object_scores, deep_scores, candidate_mask, plan):
+    plan = SelectionPlan.from_flat(plan)
+    lead, tokens = object_scores.shape[:-1], object_scores.shape[-1] - plan.num_prefix_tokens
+    indices = object_scores.new_empty(*lead, sum(image.budget for image in plan.images), dtype=torch.int64)
     return indices, object_scores.new_empty(*lead, tokens, dtype=torch.uint8)
 
 

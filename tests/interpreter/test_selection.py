@@ -8,7 +8,7 @@ import torch
 from test_ops_selection import ROLE_CHOICES, draw_case, draw_scores
 
 from hiprune_kernels import reference
-from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES
+from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES, SelectionPlan, plan_selection
 from hiprune_kernels.kernels import selection
 from hiprune_kernels.ops.selection import _prune_cuda, _select_cuda, cuda_kernel_gap
 
@@ -22,19 +22,15 @@ def few_programs(monkeypatch):
     monkeypatch.setattr(selection, "_PROGRAMS", 2)
 
 
-def flat_grids(grids):
-    return [side for grid in grids for side in ([1, *grid] if len(grid) == 2 else grid)]
-
-
 def launcher_arguments(options):
-    """Those of `torch.ops.hiprune.select_tokens` behind the scores, from those of the public functions."""
+    """Candidate mask and plan of a call of the public functions."""
     options = {**DEFAULTS, **options}
-    if "grids" in options:
-        images = flat_grids(options["grids"]), options["budgets"], 0
-    else:
-        images = flat_grids([options["grid"]]), [options["budget"]], options.get("num_prefix_tokens", 0)
+    grids, budgets = (
+        (options["grids"], options["budgets"]) if "grids" in options else ([options["grid"]], [options["budget"]])
+    )
     choices = (options[name] for name in ("alpha", "rule", "neighborhood", "keep_roles"))
-    return (options["candidate_mask"], *images, *choices)
+    flat = plan_selection([(1, *grid)[-3:] for grid in grids], budgets, *choices, options.get("num_prefix_tokens", 0))
+    return options["candidate_mask"], SelectionPlan.from_flat(flat)
 
 
 def run_kernel(features, objects, deeps, options):
@@ -161,7 +157,8 @@ def test_launches():
     """One for a batch, for packed images of one size however many, and for sixteen different ones."""
 
     def plan(grids, budgets, batch=None):
-        return selection._plan(tuple(flat_grids(grids)), tuple(budgets), 0.1, "paper", "cross", ROLE_NAMES, batch)
+        options = {"grids": grids, "budgets": budgets}
+        return selection._launches(launcher_arguments(options)[1].images, batch)
 
     assert [launch.count for launch in plan([(24, 24)], [192], 700)] == [700]
     assert [launch.count for launch in plan([(3, 3)] * 700, [4] * 700)] == [700]
@@ -169,7 +166,7 @@ def test_launches():
     assert [launch.count for launch in plan(different[:16], [2] * 16)] == [16]
     assert [launch.count for launch in plan(different, [2] * 33)] == [16, 16, 1]
     assert len({len(launch.images) for launch in plan(different, [2] * 33)}) == 1  # one compiled kernel
-    assert selection._plan((), (), 0.1, "paper", "cross", ROLE_NAMES, None) == []
+    assert plan([], []) == []
 
 
 def test_packed_images_of_one_size():
@@ -254,8 +251,10 @@ def test_dispatch(grid):
     options = {"grid": grid, "budget": 9}
     arguments = launcher_arguments(options)
     assert cuda_kernel_gap(arguments[1]) == ("an image of 16385 tokens, above 16384" if count > 16384 else "")
-    assert cuda_kernel_gap([1, 128, 128]) == cuda_kernel_gap([]) == ""
+    largest, none = ({"grids": grids, "budgets": [1] * len(grids)} for grids in ([(128, 128)], []))
+    assert cuda_kernel_gap(launcher_arguments(largest)[1]) == cuda_kernel_gap(launcher_arguments(none)[1]) == ""
     expected = run_reference(features, objects, deeps, options)
-    result = _prune_cuda(features, objects, deeps, *arguments), _select_cuda(objects, deeps, *arguments)
+    flat = plan_selection([(1, *grid)], [9])
+    result = _prune_cuda(features, objects, deeps, None, flat), _select_cuda(objects, deeps, None, flat)
     for x, y in zip((*result[0], *result[1]), (*expected, *expected[1:])):
         assert torch.equal(x, y)
