@@ -124,7 +124,7 @@ class Table:
                 row["extra MiB"] = peak / 2**20
             self._calls[name] = [lambda tensors=tensors: way(*tensors) for tensors in self._sets]
         except Exception as error:  # packages and compilers have exceptions of their own
-            row["failure"] = self._context.failure(error)
+            row["failure"] = self._context.failure(name, error)
 
     def _judge(self, name: str, row: Row, output_error: float | None, score_error: float | None) -> None:
         ours = name == "ours"

@@ -5,7 +5,9 @@ Imports nothing heavy: it must outlive whatever happens in the sections.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import queue
 import signal
@@ -15,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +50,14 @@ class Line(NamedTuple):
     error: bool  # from standard error
 
 
-def stream(command: Sequence[str], deadline: float) -> Iterator[Line | int]:
+@dataclass
+class Deadline:
+    """A moment of `time.monotonic()` that may be moved while it is waited for."""
+
+    at: float
+
+
+def stream(command: Sequence[str], deadline: Deadline) -> Iterator[Line | int]:
     """Lines that a command prints, as they come, and last its exit status; it is killed at the deadline (-9 then)."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET" or _on_cpu(command)}
     process = subprocess.Popen(
@@ -73,7 +83,7 @@ def stream(command: Sequence[str], deadline: float) -> Iterator[Line | int]:
     try:
         while open_pipes:
             try:
-                line = lines.get(timeout=max(0.0, deadline - time.monotonic()))
+                line = lines.get(timeout=max(0.0, deadline.at - time.monotonic()))
             except queue.Empty:
                 break
             if line is None:
@@ -85,7 +95,7 @@ def stream(command: Sequence[str], deadline: float) -> Iterator[Line | int]:
         else:
             yield -signal.SIGKILL
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # also what it started itself, if it is gone
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
@@ -131,7 +141,7 @@ class Suite:
             share = SECTIONS[name].share / sum(SECTIONS[later].share for later in sections[i:])
             seconds = (self.end - now) * (1.0 if self.quick else share)  # how long a dry run takes says nothing
             record = self.results["sections"][name] = {"status": "running", "cases": []}
-            if not self.quick and seconds < SECTIONS[name].least:
+            if seconds < (0.0 if self.quick else SECTIONS[name].least):
                 record["status"] = "skipped"
                 record["reason"] = f"needs {SECTIONS[name].least:.0f} s; its share of the time left is {seconds:.0f} s"
                 self._progress(f"{name}: skipped, {record['reason']}")
@@ -161,7 +171,7 @@ class Suite:
     def _tests(self, name: str, record: dict[str, Any], deadline: float) -> None:
         counts = gpu_tests.Counts()
         with (self.out / "tests.log").open("w") as log:
-            for line in stream(gpu_tests.command(sys.executable, self.quick), deadline):
+            for line in stream(gpu_tests.command(sys.executable, self.quick), Deadline(deadline)):
                 if isinstance(line, int):
                     record |= counts.summary(line)
                     continue
@@ -172,36 +182,44 @@ class Suite:
         self._progress(f"{name}: {record['status']}, {record['reason']}")
 
     def _measure(self, name: str, record: dict[str, Any], deadline: float) -> None:
+        every: list[str] = []
         seen: list[str] = []  # cases that need no further try
         while True:
             before = len(seen)
-            status, running, last_words = self._attempt(name, record, deadline, seen)
+            status, running, last_words = self._attempt(name, record, deadline, every, seen)
             if running is not None:
+                case, began = running
                 reason = f"the process ended with status {status}: {last_words}"
-                if status == -signal.SIGKILL and time.monotonic() >= deadline:
-                    reason = f"stopped: still running {GRACE:.0f} s after the section's time"
-                self._keep(name, record, {"case": running, "status": "failed", "reason": reason})
-                seen.append(running)
+                if status == -signal.SIGKILL:
+                    reason = f"stopped after {time.monotonic() - began:.0f} s"
+                self._keep(name, record, {"case": case, "status": "failed", "reason": reason})
+                seen.append(case)
             if status == 0:
                 record["status"] = "done"
                 return
             if len(seen) == before or time.monotonic() + 10.0 > deadline:
                 record |= {"status": "failed", "reason": f"the process ended with status {status}: {last_words}"}
                 self._progress(f"{name}: failed, {record['reason']}")
+                for case in every:
+                    if case not in seen:
+                        self._keep(name, record, {"case": case, "status": "skipped", "reason": "not reached"})
                 return
             self._progress(f"{name}: another process goes on")
 
     def _attempt(
-        self, name: str, record: dict[str, Any], deadline: float, seen: list[str]
-    ) -> tuple[int, str | None, str]:
-        """One process. Its exit status, the case that it left unfinished, and its last line on standard error."""
+        self, name: str, record: dict[str, Any], deadline: float, every: list[str], seen: list[str]
+    ) -> tuple[int, tuple[str, float] | None, str]:
+        """One process: exit status, the case that it left unfinished and when that began, last line of its errors.
+
+        Puts the section's cases into `every`, and adds those that were reported to `seen`.
+        """
         command = [sys.executable, "-m", f"{__package__}.worker", name, "--device", self.device]
         command += ["--seconds", f"{deadline - time.monotonic():.1f}"]
         command += ["--quick"] * self.quick + ["--flush-l2"] * self.flush + (["--skip", *seen] if seen else [])
         running, errors, fatal = None, deque(maxlen=5), None
-        status = -signal.SIGKILL
+        status, limit = -signal.SIGKILL, Deadline(deadline + GRACE)
         with (self.out / "log.txt").open("a") as log:
-            for line in stream(command, deadline + GRACE):
+            for line in stream(command, limit):
                 if isinstance(line, int):
                     status = line
                 elif line.error or not line.text.startswith(EVENT):
@@ -214,12 +232,15 @@ class Suite:
                     fatal = event.get("fatal", fatal)
                     if "machine" in event:
                         self.results["machine"] |= event["machine"]
+                    elif "cases" in event:
+                        every[:] = event["cases"]
                     elif event.get("status") == "running":
-                        running = event["case"]
+                        running = event["case"], time.monotonic()
+                        limit.at = min(deadline + GRACE, running[1] + (event["limit"] or math.inf))
                     elif "case" in event:
                         self._keep(name, record, event)
                         seen.append(event["case"])
-                        running = None
+                        running, limit.at = None, deadline + GRACE
         return status, running, fatal or (errors[-1] if errors else "it printed no error")
 
     def _keep(self, name: str, record: dict[str, Any], event: dict[str, Any]) -> None:

@@ -64,10 +64,14 @@ class Context:
             except RuntimeError as error:
                 raise PoisonedError(first_line(error)) from error
 
-    def failure(self, error: Exception) -> str:
+    def failure(self, way: str, error: Exception) -> str:
         """The error in one line, for the table. Raises PoisonedError where work cannot go on after it."""
-        self.check_device()
-        return str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {first_line(error)}"
+        text = str(error) if isinstance(error, UnavailableError) else f"{type(error).__name__}: {first_line(error)}"
+        try:
+            self.check_device()
+        except PoisonedError as after:
+            raise PoisonedError(f"{way}: {text}") from after
+        return text
 
 
 def seconds_row(times: Measured, ours: Measured | None) -> Row:

@@ -123,7 +123,7 @@ class _Problem:
             errors = [relative_error(scores[:1], self.truth[1])]
             errors += [] if found is None else [relative_error(found[:1], self.truth[0])]
         except Exception as error:  # blocks that do not compile or do not fit are an answer too
-            row["failure"] = self.context.failure(error)
+            row["failure"] = self.context.failure(name, error)
             return []
         row["score error"] = errors[0]
         if not (errors[0] <= SCORE_TOLERANCE and errors[-1] <= OUTPUT_TOLERANCE):
@@ -191,7 +191,7 @@ def _add_peer(problem: _Problem) -> None:
         _, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*problem.tensors)
         row["score error"] = relative_error(total(query, key, lse).mean(dim=1)[:1], problem.truth[1])
     except Exception as error:
-        row["failure"] = problem.context.failure(error)
+        row["failure"] = problem.context.failure(row["way"], error)
         return
     problem.calls[row["way"]] = [lambda: total(query, key, lse)]
 
@@ -235,10 +235,9 @@ def _case(context: Context, rows: Callable[[Context, str], list[Row]], name: str
 
 
 def path_cases(context: Context) -> list[Case]:
-    return [
-        _case(context, _paths, name, 6.0) for name in (("CLIP-L B=1", "Qwen 4096") if context.quick else PATH_SHAPES)
-    ]
+    names = ("CLIP-L B=1", "Qwen 4096") if context.quick else PATH_SHAPES
+    return [_case(context, _paths, name, 6.0) for name in names]
 
 
 def tune_cases(context: Context) -> list[Case]:
-    return [_case(context, _tune, name, 40.0) for name in (TUNE_SHAPES[:1] if context.quick else TUNE_SHAPES)]
+    return [_case(context, _tune, name, 40.0) for name in TUNE_SHAPES[: 1 if context.quick else None]]

@@ -98,7 +98,7 @@ def _measure(context: Context, shape: Shape) -> list[Row]:
         try:
             found = [x.cpu() for x in way(*sets[0], *options)]
         except Exception as error:
-            rows[name]["failure"] = context.failure(error)
+            rows[name]["failure"] = context.failure(name, error)
             continue
         if torch.equal(found[1], indices) and torch.equal(found[0], kept):
             calls[name] = [lambda tensors=tensors, way=way: way(*tensors, *options) for tensors in sets]

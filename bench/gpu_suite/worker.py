@@ -53,7 +53,9 @@ def run_section(
     """
     module, function = CASES[section]
     end = time.monotonic() + seconds
-    for case in getattr(importlib.import_module(f"{__package__}.{module}"), function)(context):
+    cases = getattr(importlib.import_module(f"{__package__}.{module}"), function)(context)
+    emit({"cases": [case.name for case in cases]})
+    for case in cases:
         if case.name in skip:
             continue
         left = end - time.monotonic()
@@ -61,7 +63,8 @@ def run_section(
             reason = f"takes about {case.seconds:.0f} s, and {max(left, 0):.0f} s of the section's share are left"
             emit({"case": case.name, "status": "skipped", "reason": reason})
             continue
-        emit({"case": case.name, "status": "running"})
+        limit = None if context.quick else 20.0 + 4 * case.seconds  # a kernel may never end
+        emit({"case": case.name, "status": "running", "limit": limit})
         began = time.monotonic()
         result: dict[str, Any] = {"case": case.name}
         try:
