@@ -1,6 +1,7 @@
 # make demo   set up and run the demonstration on real photographs (pictures and a report under out/demo)
 # make test   set up and run all tests
 # make bench  set up and run the CPU benchmarks (make bench ARGS="-k CLIP-L" for some of them)
+# make gpu    on a machine with an NVIDIA GPU and PyTorch: test and measure the GPU kernels, no set-up (PYTHON=...)
 # make lint   set up and check style
 # make wheel  set up and build a wheel with the C++ kernels under dist/
 
@@ -12,7 +13,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 
-.PHONY: demo test bench lint wheel setup clean
+.PHONY: demo test bench gpu lint wheel setup clean
 
 demo: $(SETUP)
 	$(BIN)/hiprune demo --out out/demo $(ARGS)
@@ -22,6 +23,9 @@ test: $(SETUP)
 
 bench: $(SETUP)
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json out/bench.json $(ARGS)
+
+gpu:
+	$(PYTHON) -m bench.gpu_suite $(ARGS)
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -161,7 +161,7 @@ def attention_with_scores_varlen(
         cu_seqlens_q: [S + 1] int32 on the query's device, from 0 to Tq: where each sequence begins, and the
             end.
         cu_seqlens_k: the same for keys, to Tk; `cu_seqlens_q` by default.
-        max_seqlen_q: length of the longest query sequence; sizes a GPU launch, never changes the result.
+        max_seqlen_q: length of the longest query sequence, as flash-attn's functions take it; never changes the result.
         scale, causal: as in `attention_with_scores`, within each sequence.
         key_mask, query_mask: [Tk], [Tq] bool.
 
