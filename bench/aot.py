@@ -255,8 +255,7 @@ def _markdown(table: dict) -> str:
         for name, entries in table["kernels"].items():
             figures = entries.get(architecture)
             if figures is not None:
-                cells = [figures["error"]] if "error" in figures else [str(figures[column]) for column in columns]
-                lines.append(f"| {name} | " + " | ".join(cells) + " |")
+                lines.append(f"| {name} | " + " | ".join(str(figures[column]) for column in columns) + " |")
     return "\n".join(lines) + "\n"
 
 
@@ -286,8 +285,10 @@ def main() -> int:
             name = running[future]
             results[name] = {}
             for architecture, (figures, seconds) in sorted(future.result().items()):
-                results[name][architecture] = figures
-                failed += "error" in figures
+                if "error" in figures:  # not for the table, which goes on lacking this one
+                    failed += 1
+                else:
+                    results[name][architecture] = figures
                 place = f"{done:3d}/{len(names)}"
                 print(f"{place}  {name:44s} sm_{architecture:<4d}{_summary(figures)}  {seconds:5.1f} s", flush=True)
     if options.write:

@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import hiprune_kernels as hk
 from hiprune_kernels import reference
-from hiprune_kernels.budget import ROLE_NAMES, RULES
+from hiprune_kernels.budget import RULES, plan_selection
 from hiprune_kernels.ops import kernel_status
 
 pytestmark = pytest.mark.gpu
@@ -201,8 +201,9 @@ def test_compiled_in_one_graph():
 @pytest.mark.parametrize("packed", [False, True])
 def test_opcheck(packed):
     features, objects, deeps = (x[0, 1:] if packed else x for x in clip_inputs())
-    images = ([1, 20, 20, 1, 8, 22], [100, 31], 0) if packed else ([1, 24, 24], [192], 1)
-    arguments = (objects, deeps, None, *images, 0.1, "paper", "cross", list(ROLE_NAMES))
+    images = ([(1, 20, 20), (1, 8, 22)], [100, 31]) if packed else ([(1, 24, 24)], [192])
+    plan = plan_selection(*images, num_prefix_tokens=0 if packed else 1)
+    arguments = (objects, deeps, None, plan)
     opcheck(torch.ops.hiprune.select_tokens.default, arguments)
     opcheck(torch.ops.hiprune.prune_tokens.default, (features, *arguments))
 
