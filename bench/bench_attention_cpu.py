@@ -1,6 +1,6 @@
 """Attention with column scores on the CPU: fused, against eager, SDPA without scores, and two passes in PyTorch.
 
-    pytest bench/bench_attention_cpu.py        (or `make bench`)
+pytest bench/bench_attention_cpu.py        (or `make bench`)
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """Selection on the CPU, one thread: the fused operator against the chain of PyTorch calls it stands for.
 
-    pytest bench/bench_selection_cpu.py        (or `make bench`)
+pytest bench/bench_selection_cpu.py        (or `make bench`)
 """
 
 import pytest

@@ -12,9 +12,9 @@ import hiprune_kernels as hk
 from hiprune_kernels import reference
 
 from . import ways
-from .context import Case, Context, Row, seconds_row
+from .context import Case, Context, Row, extra_memory, seconds_row
 from .floors import floors
-from .timing import Call, compare, peak_extra_bytes, rotation
+from .timing import Call, rotation
 
 SCORE_TOLERANCE = 1e-4  # of ours, over the largest score: flat scores differ more from each other
 WRONG = 0.05  # an alternative with a larger error computes something else
@@ -119,9 +119,7 @@ class Table:
             self._judge(name, row, *errors)
             if "failure" in row:
                 return
-            peak = peak_extra_bytes(lambda: way(*self._sets[0]), self._context.device)
-            if peak is not None:
-                row["extra MiB"] = peak / 2**20
+            row |= extra_memory(lambda: way(*self._sets[0]), self._context)
             self._calls[name] = [lambda tensors=tensors: way(*tensors) for tensors in self._sets]
         except Exception as error:  # packages and compilers have exceptions of their own
             row["failure"] = self._context.failure(name, error)
@@ -137,7 +135,7 @@ class Table:
 
     def rows(self, floor: float | None) -> list[Row]:
         context = self._context
-        measured = compare(self._calls, context.clock, samples=context.samples, prepare=context.prepare)
+        measured = context.compare(self._calls, self._rows, prepare=context.prepare)
         ours = measured.get("ours")
         for name, times in measured.items():
             self._rows[name] |= seconds_row(times, ours)
@@ -151,11 +149,8 @@ def _with_kind(kind: str, rows: list[Row]) -> Iterator[Row]:
 
 
 def _dense(context: Context, name: str, shape: Shape) -> list[Row]:
-    device = context.device
     sets = _sets(context, shape)
-    first = sets[0]
-    truth = exact(*(x[:: max(1, len(x) - 1)] for x in first))
-
+    truth = exact(*(x[:: max(1, len(x) - 1)] for x in sets[0]))
     table = Table(context, sets, truth)
     table.add("sdpa", lambda: ways.sdpa)  # before ours: its error limits ours
     table.add("ours", lambda: lambda query, key, value: hk.attention_with_scores(query, key, value))
@@ -168,11 +163,9 @@ def _dense(context: Context, name: str, shape: Shape) -> list[Row]:
     table.add("flash-attn", ways.flash_attn)
     table.add("FlagAttention", lambda: ways.flag_attention(shape.D))
     if name in FLEX:
-        table.add("flex, two calls", lambda: ways.flex(device))
+        table.add("flex, two calls", lambda: ways.flex(context.device))
     floor = floors(*shape[:4], context.rates)
     rows = list(_with_kind("output + scores", table.rows(floor.output_and_scores)))
-    table = None  # frees graphs and results before the next ones
-
     table = Table(context, sets, truth)
     table.add("ours", lambda: lambda query, key, value: (None, hk.attention_scores(query, key)))
     table.add("eager", lambda: ways.eager_scores)

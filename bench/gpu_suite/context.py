@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from .floors import Rates, measured_rates
-from .timing import Call, Clock, Measured, first_line, flush_l2
+from .timing import Call, Clock, Measured, compare, first_line, flush_l2, peak_extra_bytes
 
 Row = dict[str, Any]  # a line of a table, ready for JSON
 
@@ -55,6 +55,16 @@ class Context:
         """Of kernels' inputs. Triton's interpreter, in a dry run, computes bfloat16 products wrongly."""
         return torch.float16 if self.quick else torch.bfloat16
 
+    def compare(
+        self, ways: Mapping[str, Sequence[Call]], rows: Mapping[str, Row], **options: Any
+    ) -> dict[str, Measured]:
+        """`timing.compare` in this context; a way that raises gets its failure into its row."""
+
+        def on_failure(name: str, error: Exception) -> None:
+            rows[name]["failure"] = self.failure(name, error)
+
+        return compare(ways, self.clock, samples=self.samples, on_failure=on_failure, **options)
+
     def check_device(self) -> None:
         """Raises PoisonedError where the device answers no more."""
         if self.device.type == "cuda":
@@ -72,6 +82,12 @@ class Context:
         except PoisonedError as after:
             raise PoisonedError(f"{way}: {text}") from after
         return text
+
+
+def extra_memory(call: Call, context: Context) -> Row:
+    """The column of the memory that a call takes; nothing where the device does not tell."""
+    peak = peak_extra_bytes(call, context.device)
+    return {} if peak is None else {"extra MiB": peak / 2**20}
 
 
 def seconds_row(times: Measured, ours: Measured | None) -> Row:

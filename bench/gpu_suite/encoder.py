@@ -16,10 +16,9 @@ from hiprune_kernels.loading import queries_and_keys
 from hiprune_kernels.patch.encoders import find_encoder
 
 from .attention import relative_error
-from .context import Case, Context, Row, seconds_row
+from .context import Case, Context, Row, extra_memory, seconds_row
 from .models import clip_config, random_model
 from .selection import RULE, released_chain
-from .timing import compare, peak_extra_bytes
 
 AGREE = 0.97  # share of the kept tokens that bfloat16 rounding may not change
 
@@ -113,14 +112,12 @@ def _measure(context: Context, batch: int) -> list[Row]:
         for name, row in encoders.checked().items():
             rows[name] |= row
         for name, way in ways.items():
-            peak = peak_extra_bytes(way, context.device)
-            if peak is not None:
-                rows[name]["extra MiB"] = peak / 2**20
+            rows[name] |= extra_memory(way, context)
         calls = {name: [way] for name, way in ways.items()}
         # One forward of the smallest batch is hundreds of launches: worth a graph even at several milliseconds.
-        measured = compare(calls, context.clock, samples=context.samples, graph_below=1.0)
+        measured = context.compare(calls, rows, graph_below=1.0)
         for name, times in measured.items():
-            rows[name] |= seconds_row(times, measured["scored and pruned"])
+            rows[name] |= seconds_row(times, measured.get("scored and pruned"))
         return list(rows.values())
 
 

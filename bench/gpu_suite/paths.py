@@ -21,7 +21,6 @@ from hiprune_kernels.kernels import attention as kernels
 from . import attention, ways
 from .attention import SCORE_TOLERANCE, SHAPES, exact, inputs, relative_error
 from .context import Case, Context, Row, UnavailableError
-from .timing import compare
 
 PATHS = ("strip", "sweeps", "passes", "flash", "cudnn")
 PATH_SHAPES = (
@@ -134,7 +133,7 @@ class _Problem:
         return launches
 
     def timed(self) -> list[Row]:
-        measured = compare(self.calls, self.context.clock, samples=self.context.samples, prepare=self.context.prepare)
+        measured = self.context.compare(self.calls, self.rows, prepare=self.context.prepare)
         for name, times in measured.items():
             row = self.rows[name]
             row |= {"us": times.launched.median * 1e6, "samples": times.launched.samples}

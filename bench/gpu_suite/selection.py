@@ -16,7 +16,7 @@ from hiprune_kernels import reference
 from hiprune_kernels.budget import anchor_count
 
 from .context import Case, Context, Row, seconds_row
-from .timing import compare, rotation
+from .timing import rotation
 
 RULE = "official"
 
@@ -104,7 +104,7 @@ def _measure(context: Context, shape: Shape) -> list[Row]:
             calls[name] = [lambda tensors=tensors, way=way: way(*tensors, *options) for tensors in sets]
         else:
             rows[name]["failure"] = f"wrong: {int((found[1] == indices).sum())} of {indices.numel()} indices agree"
-    times = compare(calls, context.clock, samples=context.samples, prepare=context.prepare)
+    times = context.compare(calls, rows, prepare=context.prepare)
     for name, measured in times.items():
         rows[name] |= seconds_row(measured, times.get("ours"))
     return list(rows.values())

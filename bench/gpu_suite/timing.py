@@ -171,6 +171,7 @@ def compare(
     graph_below: float = 1e-3,
     prepare: Call | None = None,
     warm_up: int = 3,
+    on_failure: Callable[[str, Exception], None] | None = None,
 ) -> dict[str, Measured]:
     """Times of several ways in one run, in interleaved rounds, so that all of them meet the same machine.
 
@@ -182,16 +183,24 @@ def compare(
             than the GPU's work.
         prepare: runs, untimed, before each timed call (to flush the L2 cache, say); there are no graphs then.
         warm_up: rounds of all calls before anything is timed.
+        on_failure: is told of a way that raises while it warms up, which is then left out. Without it the error is the
+            caller's.
     """
     samplers: dict[tuple[str, bool], _Sampler] = {}
-    units, notes = {}, dict.fromkeys(ways, "")
+    units, notes = {}, {}
     for name, calls in ways.items():
-        for _ in range(warm_up):
-            for call in calls:
-                call()
-        sampler = samplers[name, False] = _Sampler(calls, clock, min_sample, prepare)
-        units[name, False] = 1
-        seconds = sampler.sample()
+        try:
+            for _ in range(warm_up):
+                for call in calls:
+                    call()
+            sampler = _Sampler(calls, clock, min_sample, prepare)
+            seconds = sampler.sample()
+        except Exception as error:
+            if on_failure is None:
+                raise
+            on_failure(name, error)
+            continue
+        samplers[name, False], units[name, False], notes[name] = sampler, 1, ""
         if prepare is not None or seconds >= graph_below:
             continue
         turns = max(1, min(100, math.ceil(min_sample / seconds)) // len(calls))
@@ -210,7 +219,7 @@ def compare(
     def timing(key: tuple[str, bool]) -> Timing | None:
         return Timing.of(seconds_of[key], samplers[key].calls * units[key]) if key in samplers else None
 
-    return {name: Measured(timing((name, False)), timing((name, True)), notes[name]) for name in ways}
+    return {name: Measured(timing((name, False)), timing((name, True)), note) for name, note in notes.items()}
 
 
 def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
