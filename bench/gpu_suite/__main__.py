@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> int:
     for failure in report.failures(suite.results):
         print(f"FAILED {failure}")
     for goal in report.goals(suite.results):
-        if goal.value is not None:
+        if goal.value is not None and not options.quick:
             print(f"{goal.value:8.2f}  {goal.verdict:10s} {goal.text} ({goal.realistic:g}, {goal.moonshot:g})")
     print(f"{options.out / 'results.md'}")
     return 0 if well else 1
