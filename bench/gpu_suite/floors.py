@@ -31,8 +31,9 @@ class Rates(NamedTuple):
     exps: float
 
 
-# For the dry run on a CPU only: an NVIDIA H200's rates as measured elsewhere.
-H200 = Rates(790e12, 4.3e12, 132 * EXP_PER_CLOCK * 1.98e9)
+# An NVIDIA H200's rates as measured elsewhere, for the dry run on a CPU.
+H200_HERTZ = 1.98e9
+H200 = Rates(790e12, 4.3e12, 132 * EXP_PER_CLOCK * H200_HERTZ)
 
 
 def measured_rates(device: torch.device, clock: Clock) -> Rates:
@@ -53,7 +54,8 @@ def measured_rates(device: torch.device, clock: Clock) -> Rates:
 
     flops = 2 * size**3 / best(lambda: a @ b)
     copied = 2 * source.numel() / best(lambda: target.copy_(source))
-    hertz = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["sm_clock_rate"] * 1e3
+    properties = triton.runtime.driver.active.utils.get_device_properties(device.index or 0)
+    hertz = properties.get("sm_clock_rate", 0) * 1e3 or H200_HERTZ  # newer drivers may not tell
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     return Rates(flops, copied, processors * EXP_PER_CLOCK * hertz)
 

@@ -112,8 +112,8 @@ def test_preparation_is_not_timed(suite):
     def prepare():
         clock.now += 7.0
 
-    (times,) = suite.timing.compare({"a": [clock.call(1e-3)]}, clock, samples=2, prepare=prepare).values()
-    assert times.launched.median == pytest.approx(1e-3) and clock.prepared > 2 and clock.captured == []
+    (times,) = suite.timing.compare({"a": [clock.call(1e-4)]}, clock, samples=2, prepare=prepare).values()
+    assert times.launched.median == pytest.approx(1e-4) and clock.prepared > 2 and clock.captured == []
 
 
 def test_a_way_that_raises_is_left_out(suite):
@@ -173,6 +173,7 @@ class FakeCuda:
             "set_stream": self.streams.append,
             "CUDAGraph": lambda: SimpleNamespace(replay="replay"),
             "graph": graph,
+            "_sleep": lambda clocks: self.work(clocks * 1e-9),
         }.items():
             monkeypatch.setattr(torch.cuda, name, value)
 
@@ -192,7 +193,9 @@ def test_cuda_events_enclose_the_work(suite, monkeypatch):
     cuda.work(5.0)  # still queued from before
     assert clock.elapsed(lambda: cuda.work(0.25)) == pytest.approx(0.25)
     calls = [lambda: cuda.work(0.5), lambda: cuda.work(1.0)]
+    before = cuda.now
     assert clock.elapsed_after(lambda: cuda.work(3.0), calls) == pytest.approx(1.5)
+    assert cuda.now - before == pytest.approx(2 * 3.0 + 1.5)
 
 
 def test_what_waits_for_the_host_is_not_captured(suite, monkeypatch):
