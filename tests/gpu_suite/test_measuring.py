@@ -192,6 +192,7 @@ def test_cuda_events_enclose_the_work(suite, monkeypatch):
     cuda, clock = FakeCuda(monkeypatch), suite.timing.CudaClock()
     cuda.work(5.0)  # still queued from before
     assert clock.elapsed(lambda: cuda.work(0.25)) == pytest.approx(0.25)
+    assert cuda.now > 5.25 + 5e-5  # it was busy when the work arrived, which is not counted
     calls = [lambda: cuda.work(0.5), lambda: cuda.work(1.0)]
     before = cuda.now
     assert clock.elapsed_after(lambda: cuda.work(3.0), calls) == pytest.approx(1.5)
