@@ -412,12 +412,14 @@ def test_a_batch_is_checked_at_both_ends(suite, context):
 
 def test_both_chains_select_as_the_reference(suite):
     generator = torch.Generator().manual_seed(3)
-    objects, deeps = (torch.rand(3, 36, generator=generator).argsort(dim=-1) / 36 for _ in range(2))
-    features = torch.randn(3, 36, 5)
-    for budget in (7, 20, 36):
-        expected, _ = reference.select_tokens(objects, deeps, budget=budget, grid=(6, 6), rule=suite.selection.RULE)
+    objects, deeps = (torch.rand(3, 144, generator=generator).argsort(dim=-1) / 144 for _ in range(2))
+    features = torch.randn(3, 144, 5)
+    for budget, anchors in ((20, 0), (30, 1), (120, 2), (144, 3)):
+        options = {"budget": budget, "grid": (12, 12), "rule": suite.selection.RULE}
+        expected, roles = reference.select_tokens(objects, deeps, **options)
+        assert (roles == 1).sum(dim=1).tolist() == [anchors] * 3
         for way in suite.selection.WAYS.values():
-            kept, indices = way(features, objects, deeps, budget, (6, 6))
+            kept, indices = way(features, objects, deeps, budget, (12, 12))
             assert torch.equal(indices, expected)
             assert torch.equal(kept, torch.stack([f[i] for f, i in zip(features, expected)]))
 
@@ -473,7 +475,7 @@ def test_a_wrong_selection_is_not_timed(suite, context, monkeypatch):
 
     def shifted(*arguments):
         kept, indices = chain(*arguments)
-        return kept, (indices + 1) % 36
+        return kept, (indices + 1) % 144
 
     def broken(*arguments):
         raise ValueError("no")
@@ -521,7 +523,13 @@ def test_a_pruned_prefill_with_wrong_logits_is_not_timed(suite, context, monkeyp
 
     monkeypatch.setattr(suite.llava._Llava, "prefill", other_prompt)
     (case,) = [case for case in suite.llava.cases(context) if case.name == "LLaVA-1.5-7B B=1, 12 tokens"]
-    with pytest.raises(RuntimeError, match="pruned prefill"):
+    with pytest.raises(RuntimeError, match="pruned prefill: the logits are off"):
+        case.rows()
+    cache = SimpleNamespace(get_seq_length=lambda: 5)
+    monkeypatch.setattr(
+        suite.llava._Llava, "prefill", lambda *x: prefill(*x) and SimpleNamespace(past_key_values=cache, logits=None)
+    )
+    with pytest.raises(RuntimeError, match="expected 60 tokens in the cache, got 5"):
         case.rows()
 
 
