@@ -50,6 +50,28 @@ def resolve_budget(num_tokens: int, *, budget: int | None = None, retention: flo
     return max(1, round(num_tokens * retention))
 
 
+def tile_budget(num_tokens: int, tiles: int, *, budget: int | None = None, retention: float | None = None) -> int:
+    """Number of visual tokens kept in each tile (or frame) of an image (or video) that is cut into several.
+
+    Args:
+        num_tokens: tokens of one tile.
+        tiles: how many tiles the image has, a downsized overview of the whole included.
+        budget: tokens to keep of the image, shared out equally: ``budget // tiles`` in each tile.
+        retention: share to keep of each tile.
+
+    Raises:
+        ValueError, TypeError: as `resolve_budget`; also if the budget is smaller than the number of tiles.
+
+    Example:
+        >>> tile_budget(576, 5, budget=640), tile_budget(576, 1, budget=192)
+        (128, 192)
+    """
+    if isinstance(budget, int) and 0 < budget < tiles:
+        raise ValueError(f"budget: expected at least {tiles}, one token for each tile of the image, got {budget}")
+    share = budget // tiles if isinstance(budget, int) else budget
+    return resolve_budget(num_tokens, budget=share, retention=retention)
+
+
 def check_selection_options(alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> None:
     """Raise ValueError, naming the argument, unless these options of a selection are valid."""
     if not 0.0 <= alpha <= 1.0:  # also catches NaN

@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
 
-from .patch.encoders import find_encoder
+from .patch.towers import find_encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

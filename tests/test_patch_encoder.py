@@ -405,6 +405,3 @@ def test_recording_refuses(stock):
     with hiprune(stock, budget=12), pytest.raises(ValueError, match="it is patched"), record_scores(stock):
         pass
     assert not is_patched(stock)
-    mask = torch.zeros(1, 1, 37, 37)
-    with record_scores(stock), pytest.raises(ValueError, match="attention_mask: column scores of a masked"):
-        stock(images(1), attention_mask=mask)

@@ -24,6 +24,7 @@ from hiprune_kernels.patch import (
     FAMILIES,
     apply_hiprune,
     encoders,
+    towers,
     hiprune,
     is_patched,
     last_selection,
@@ -540,4 +541,4 @@ def test_unknown_stock_source_warns(model, monkeypatch, recwarn):
         patched.setattr(attention, "forward", forward)
         with pytest.warns(UserWarning, match="computes .*forward by itself .* never compared with ours"):
             apply_hiprune(model, budget=10)
-    assert encoders.source_digest(len) == ""
+    assert towers.source_digest(len) == ""

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel
 import hiprune_kernels as hk
 from hiprune_kernels import reference
 from hiprune_kernels.loading import queries_and_keys
-from hiprune_kernels.patch.encoders import find_encoder
+from hiprune_kernels.patch.towers import find_encoder
 
 from .attention import relative_error
 from .context import Case, Context, Row, extra_memory, seconds_row

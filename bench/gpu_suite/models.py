@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedModel
 
 from hiprune_kernels.loading import CLIP_L_14_336
-from hiprune_kernels.patch.encoders import find_encoder
+from hiprune_kernels.patch.towers import find_encoder
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -11,22 +10,26 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from .edits import refuse_tapped, tap_attention
+from . import bare, llava
+from .attention import refuse_tapped, tap_attention
+from .decoder import install_decoder
 from .encoders import (
     PATCH,
     ModelFamily,
     Patch,
     Selection,
     Settings,
+    Tower,
+    connector_forward,
+    encoder_forward,
     feature_layer_forward,
-    find_encoder,
+    forward_names,
     host_forward,
     object_listener,
     skipped_layer_forward,
-    warn_unknown_sources,
 )
-from .llava import LLAVA
 from .recording import LayerScores, record_scores
+from .towers import find_encoder, warn_unknown_sources
 
 __all__ = [
     "FAMILIES",
@@ -43,17 +46,7 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def _last_layer(host: nn.Module, arguments: object) -> int:
-    return host.config.num_hidden_layers
-
-
-_BARE_CLIP = ModelFamily(
-    host=lambda model: getattr(model, "vision_model", model),  # CLIPVisionModelWithProjection holds the encoder
-    encoder=lambda host: host,
-    feature_layer=_last_layer,
-)
-
-FAMILIES = {"clip_vision_model": _BARE_CLIP, "llava": LLAVA}  # config.model_type -> family
+FAMILIES = {**bare.FAMILIES, **llava.FAMILIES}  # config.model_type -> family
 
 
 def _family(model: nn.Module) -> ModelFamily:
@@ -82,6 +75,7 @@ def apply_hiprune(
     neighborhood: str = "cross",
     score_queries: str = "all",
     keep_roles: Sequence[str] = ROLE_NAMES,
+    unpad: str | None = None,
 ) -> Model:
     """Let a loaded model prune its visual tokens with HiPrune, in place.
 
@@ -96,6 +90,9 @@ def apply_hiprune(
         neighborhood: "cross", "square", "row" or "none".
         score_queries: "all" (Eq. 2) or "cls": which queries' attention counts.
         keep_roles: which of "anchor", "buffer", "register" are kept (table 5 of the paper).
+        unpad: only for models that cut images into tiles: "before" (the default) takes tokens of the tiles' padding out
+            before the selection, so that the number of kept tokens follows from the image's size alone; "after", as
+            the authors' released code, lets the model drop them afterwards, so that fewer may survive.
 
     Returns:
         `model`. A vision encoder now returns `last_hidden_state` [B, prefix + budget, C] in ascending order, and the
@@ -110,7 +107,7 @@ def apply_hiprune(
         >>> apply_hiprune(model, budget=192)
         >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     """
-    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles, unpad)
     _apply(model, settings)
     return model
 
@@ -123,18 +120,29 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
     """
     host = family.host(model)
     family.check(host)
-    encoder = family.encoder(host)
-    encoder_family, config, layers = find_encoder(encoder)
     check_selection_options(settings.alpha, settings.rule, settings.neighborhood, settings.keep_roles)
     if settings.rule not in ("paper", "official", "grid"):
         raise ValueError(f'rule: expected "paper", "official" or "grid" for a model, got {settings.rule!r}')
     if settings.score_queries not in ("all", "cls"):
         raise ValueError(f'score_queries: expected "all" or "cls", got {settings.score_queries!r}')
-    resolve_budget((config.image_size // config.patch_size) ** 2, budget=settings.budget, retention=settings.retention)
-    feature_layer = family.feature_layer(host, {})
+    if settings.unpad not in (("before", "after") if family.has_unpad else ()) + (None,):
+        expected = '"before" or "after"' if family.has_unpad else f"None for a {type(model).__name__}"
+        raise ValueError(f"unpad: expected {expected}, got {settings.unpad!r}")
+    resolve_budget(1, budget=settings.budget, retention=settings.retention)
+    return Patch(
+        settings=settings,
+        family=family,
+        host=host,
+        towers=[_prepare_tower(encoder, family.feature_layer(host, {}), settings) for encoder in family.encoders(host)],
+        argument_names=forward_names(host),
+    )
+
+
+def _prepare_tower(encoder: nn.Module, feature_layer: int, settings: Settings) -> Tower:
+    family, config, layers = find_encoder(encoder)
     object_layer = settings.object_layer
     if object_layer is None:
-        object_layer = encoder_family.default_object_layer(len(layers), feature_layer)
+        object_layer = family.default_object_layer(len(layers), feature_layer)
     if isinstance(object_layer, bool) or not isinstance(object_layer, int):
         raise TypeError(f"object_layer: expected an int, got {type(object_layer).__name__}")
     if not 1 <= object_layer <= feature_layer:
@@ -142,38 +150,33 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
             f"object_layer: expected 1 to {feature_layer} (1-based, not behind the layer whose output are the "
             f"features), got {object_layer}"
         )
-    attentions = [getattr(layer, encoder_family.attention) for layer in layers]
-    if PATCH not in host.__dict__:  # else these are the taps of the patch that is about to be replaced
-        refuse_tapped(attentions)
-    modules = (attentions[object_layer - 1], *layers[feature_layer - 1 :])
-    others = (family.connector(host), family.language_model(host))
-    return Patch(
-        settings=settings,
-        family=family,
-        encoder_family=encoder_family,
-        host=host,
-        config=config,
-        object_layer=object_layer,
-        feature_layer=feature_layer,
-        modules=(*modules, *(module for module in others if module is not None)),
-        argument_names=tuple(inspect.signature(type(host).forward).parameters)[1:],
-    )
+    if settings.score_queries == "cls" and family.num_prefix_tokens(config) == 0:
+        raise ValueError(f'score_queries: expected "all", as {type(encoder).__name__} has no CLS token, got "cls"')
+    return Tower(encoder, family, config, layers, object_layer, feature_layer, forward_names(encoder))
 
 
 def _install(patch: Patch, model: nn.Module) -> None:
     """Do what was prepared; on any error everything done so far is undone."""
-    edits, start = patch.edits, patch.feature_layer
-    _, _, layers = find_encoder(patch.family.encoder(patch.host))
-    warn_unknown_sources(patch.encoder_family, layers[start - 1])
+    edits, host = patch.edits, patch.host
     try:
-        edits.set_attribute(patch.host, PATCH, patch)
-        edits.set_method(patch.host, "forward", host_forward)
-        if patch.object_layer != patch.feature_layer:
-            tap_attention(edits, patch.modules[0], object_listener)
-        edits.set_method(layers[start - 1], "forward", feature_layer_forward)
-        for layer in layers[start:]:
-            edits.set_method(layer, "forward", skipped_layer_forward)
-        patch.family.install(edits, model, patch.host)
+        for tower in patch.towers:
+            refuse_tapped(layer.get_submodule(tower.family.attention) for layer in tower.layers)
+            warn_unknown_sources(tower.family, tower.layers[tower.feature_layer - 1])
+            if tower.encoder is not host:
+                edits.set_method(tower.encoder, "forward", encoder_forward)
+            if tower.object_layer != tower.feature_layer:
+                tap_attention(edits, tower.object_attention, object_listener)
+            edits.set_method(tower.layers[tower.feature_layer - 1], "forward", feature_layer_forward)
+            for layer in tower.layers[tower.feature_layer :]:
+                edits.set_method(layer, "forward", skipped_layer_forward)
+        edits.set_attribute(host, PATCH, patch)
+        edits.set_method(host, "forward", host_forward)
+        connector, language_model = patch.family.connector(host), patch.family.language_model(host)
+        if connector is not None:
+            edits.set_method(connector, "forward", connector_forward)
+        if language_model is not None:
+            install_decoder(edits, model, host, language_model)
+        patch.family.install(edits, model, host)
     except BaseException:
         edits.undo()
         raise
@@ -240,6 +243,7 @@ def hiprune(
     neighborhood: str = "cross",
     score_queries: str = "all",
     keep_roles: Sequence[str] = ROLE_NAMES,
+    unpad: str | None = None,
 ) -> Iterator[Model]:
     """`apply_hiprune` for the length of a ``with`` block; then the model is stock again, or patched as it was before.
 
@@ -247,7 +251,7 @@ def hiprune(
         >>> with hiprune(model, retention=0.222):
         ...     answer = model.generate(**inputs)
     """
-    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    settings = Settings(budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles, unpad)
     previous = _patch_of(model)
     _apply(model, settings)
     try:

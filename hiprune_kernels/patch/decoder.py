@@ -88,8 +88,8 @@ def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- pruned prefill
 
 
-def placeholder_mask(host: nn.Module, arguments: dict[str, Any], token_id: int) -> Tensor:
-    """Where the prompt has image tokens, as the stock forward finds them: bool [B, L]."""
+def _placeholders(host: nn.Module, arguments: dict[str, Any], token_id: int) -> Tensor:
+    """Where the prompt has tokens of this kind, as the stock forward finds them: bool [B, L]."""
     if arguments.get("input_ids") is not None:
         return arguments["input_ids"] == token_id
     embeds = arguments["inputs_embeds"]
@@ -97,7 +97,17 @@ def placeholder_mask(host: nn.Module, arguments: dict[str, Any], token_id: int) 
     return (embeds == image).all(dim=-1)
 
 
-def _prune(call: Call, plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Plan]:
+def _keep_mask(call: Call) -> Tensor:
+    """False where the prompt loses a token, bool [B, L]."""
+    keep = None
+    for token_id, kept in call.patch.family.kept(call):
+        places = _placeholders(call.patch.host, call.arguments, token_id)
+        keep = torch.ones_like(places) if keep is None else keep
+        keep = keep.masked_scatter(places, kept.to(places.device))
+    return keep
+
+
+def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Plan]:
     """The language model's arguments without the tokens where `keep` [B, Q] is False, and the plan for what follows."""
     embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     batch, length = keep.shape
@@ -123,6 +133,8 @@ def _prune(call: Call, plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) 
     dropped_before = (~keep).cumsum(dim=1)
     if positions is None:
         positions = torch.arange(start, start + length, device=device)[None]
+    if positions.ndim == 2:
+        positions = positions.expand(batch, -1)
     new_plan = Plan(
         source=torch.cat([plan.source[:, :seen], between, start + index], dim=1),
         valid=torch.cat([plan.valid[:, :seen], torch.ones_like(between, dtype=torch.bool), valid], dim=1),
@@ -133,10 +145,31 @@ def _prune(call: Call, plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) 
     pruned = {
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "attention_mask": new_plan.cache_mask(mask, seen + remaining, 0),
-        # Position ids are compact: each token moves up by the dropped ones before it.
-        "position_ids": (positions - plan.dropped - dropped_before).gather(1, index),
+        "position_ids": _compact(positions, plan.dropped + dropped_before).gather(-1, _like(positions, index)),
     }
+    if kwargs.get("visual_pos_masks") is not None:  # deepstack: visual features added in the first layers
+        visual = kwargs["visual_pos_masks"].to(device)
+        pruned["visual_pos_masks"] = visual.gather(1, index) & valid
+        features = kwargs["deepstack_visual_embeds"]
+        pruned["deepstack_visual_embeds"] = [rows[keep[visual].to(rows.device)] for rows in features]
     return {**kwargs, **pruned}, new_plan
+
+
+def _compact(positions: Tensor, dropped: Tensor) -> Tensor:
+    """Position ids [B, L] with each token moved up by the `dropped` [B, L] or [B, 1] visual tokens before it.
+
+    Multimodal ids [3, B, L] stay: they tell where in the image a token lies. Of [4, B, L] the first row is text order.
+    """
+    if positions.ndim == 2:
+        return positions - dropped
+    if len(positions) == 3:
+        return positions
+    return torch.cat([(positions[0] - dropped)[None], positions[1:]])
+
+
+def _like(positions: Tensor, index: Tensor) -> Tensor:
+    """`index` [B, K] for every row of `positions`."""
+    return index if positions.ndim == 2 else index.expand(len(positions), -1, -1)
 
 
 def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -148,7 +181,7 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
         start = seen + plan.gone
         positions = torch.arange(start, start + new, device=plan.dropped.device)[None]
     mask = plan.cache_mask(kwargs.get("attention_mask"), seen, new)
-    return {**kwargs, "attention_mask": mask, "position_ids": positions - plan.dropped}
+    return {**kwargs, "attention_mask": mask, "position_ids": _compact(positions, plan.dropped)}
 
 
 def prune_inputs(
@@ -156,17 +189,17 @@ def prune_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of the language model."""
     plan = live_plan(kwargs.get("past_key_values"))
-    call = current_call(module)
-    if call is not None:
-        kwargs, call.plan = _prune(call, plan, call.patch.family.keep_mask(call), kwargs)
+    call = current_call("language_model", module)
+    if call is not None and call.prunes:
+        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs)
         return args, kwargs
     return None if plan is None else (args, _translate(plan, kwargs))
 
 
 def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Post-hook of the language model: the plan rides on the cache that this forward filled."""
-    call = current_call(module)
-    if call is not None and output.past_key_values is not None:
+    call = current_call("language_model", module)
+    if call is not None and call.plan is not None and output.past_key_values is not None:
         setattr(output.past_key_values, _PLAN, call.plan)
 
 

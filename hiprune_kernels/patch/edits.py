@@ -1,23 +1,16 @@
-"""Reversible edits to live modules, and the tap on an attention function.
+"""Reversible edits to live modules.
 
 What was changed is kept as data, so it deep-copies along with the model and can be undone there.
 """
 
 from __future__ import annotations
 
-import copy
-import sys
 import types
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-_TAP = "_hiprune_tap"
-_TAPPED = "hiprune_tapped"  # attention implementation that hands the call to the module's tap
 
 
 class Edits:
@@ -78,60 +71,3 @@ class Edits:
                     module.__dict__[slot] = types.MethodType(getattr(type(module), name), module)
         for record in (self._hooks, self._attributes, self._methods):
             record.clear()
-
-
-@dataclass
-class _Tap:
-    """Who listens to one attention module, and the config that the module had before."""
-
-    config: Any
-    listener: Callable[..., tuple[Tensor, Tensor | None]]
-
-
-def _tapped_attention(
-    module: nn.Module,
-    query: Tensor,  # [B, H, N, D]
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """Attention function of a tapped module: its tap's listener decides, and may run the stock function."""
-    tap: _Tap = module.__dict__[_TAP]
-
-    def stock() -> tuple[Tensor, Tensor | None]:
-        implementation = tap.config._attn_implementation  # looked up per call: set_attn_implementation may change it
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        untapped = copy.copy(module)  # flash attention reads the implementation's name from module.config
-        untapped.config = tap.config
-        return function(untapped, query, key, value, attention_mask, scaling=scaling, **kwargs)
-
-    if attention_mask is not None:
-        raise ValueError("attention_mask: column scores of a masked vision encoder are not supported")
-    return tap.listener(module, query, key, value, scaling, stock)
-
-
-ALL_ATTENTION_FUNCTIONS.register(_TAPPED, _tapped_attention)
-
-
-def tap_attention(edits: Edits, attention: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
-    """Put a listener between an attention module and its attention function.
-
-    Every attention module looks its function up by the name in its own `config`, so a private copy of that config
-    changes this one layer; the config that the model saves is untouched.
-    """
-    config = copy.copy(attention.config)
-    config._attn_implementation_internal = _TAPPED
-    edits.set_attribute(attention, _TAP, _Tap(attention.config, listener))
-    edits.set_attribute(attention, "config", config)
-
-
-def refuse_tapped(attentions: Iterable[nn.Module]) -> None:
-    """Raise ValueError if any of these attention modules has a tap already."""
-    if any(_TAP in attention.__dict__ for attention in attentions):
-        raise ValueError(
-            "model: its vision encoder is patched or being recorded already; call remove_hiprune, or leave "
-            "record_scores, before this"
-        )

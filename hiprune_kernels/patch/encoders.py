@@ -2,7 +2,9 @@
 
 Three steps, kept apart: the *object layer* computes its attention in full and yields column scores; the *feature layer*
 computes queries, keys and values of all tokens, its own column scores, and with both scores the selection; then its
-attention, output projection and MLP run for the kept rows only. Layers behind it are skipped.
+attention, output projection and MLP run for the kept rows only. Layers behind it are skipped. The *connector*, which
+brings features to the language model, computes the kept rows and spreads them over the places of all, for stock
+code behind it.
 
 All of this happens only while a call is open (`host_forward`): a vision tower called by itself is the stock one.
 The state of a forward travels in a context variable, never on a module, so threads and nested models do not mix.
@@ -10,22 +12,22 @@ The state of a forward travels in a context variable, never on a module, so thre
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
-from ..budget import ROLE_NAMES, resolve_budget
+from ..budget import ROLE_NAMES, tile_budget
+from .attention import Attention
 from .edits import Edits
+from .towers import EncoderFamily, Grid
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
 _REGISTER = 3
@@ -43,54 +45,67 @@ class Settings:
     neighborhood: str = "cross"
     score_queries: str = "all"
     keep_roles: Sequence[str] = ROLE_NAMES
+    unpad: str | None = None
 
 
 class Selection(NamedTuple):
-    """Which visual tokens of one image survived.
+    """Which visual tokens of one image or video survived.
 
     Attributes:
-        indices: [k] int64, ascending: the kept tokens, counted in raster order without prefix tokens.
+        indices: [k] int64, ascending: the kept tokens, counted in raster order without prefix tokens, tile by tile.
         roles: [N] uint8: 0 dropped, 1 anchor, 2 buffer, 3 register.
-        grid: height and width of the token grid.
+        grid: (height, width) of the token grid; (tiles or frames, height, width) where there are several.
     """
 
     indices: Tensor
     roles: Tensor
-    grid: tuple[int, int]
-
-
-@dataclass(frozen=True)
-class EncoderFamily:
-    """What differs between vision encoders; one entry per family in `ENCODERS`."""
-
-    num_prefix_tokens: int  # leading rows (CLS): queries and keys, but never candidates
-    object_share: float  # default object layer as a share of the depth: 9 of CLIP-L's 24
-    official_rule: str  # the selection rule of the released code for this family ...
-    official_means: bool  # ... and whether it is handed means over queries instead of sums
-    layers: str  # attribute that holds the list of layers
-    attention: str  # attribute of a layer that holds its attention
-    grid: Callable[[Any, Tensor], tuple[int, int]]  # (config, pixel_values) -> (h, w)
-    sparse_layer: Callable[..., Tensor]  # (layer, hidden_states, select) -> hidden states of the selected rows
-    stock_sources: dict[str, str]  # what `sparse_layer` re-implements: module path -> digest of the known source
-
-    def default_object_layer(self, depth: int, feature_layer: int) -> int:
-        """The 1-based object layer of an encoder of `depth` layers, at most the feature layer."""
-        return min(max(1, round(self.object_share * depth)), feature_layer)
+    grid: Grid
 
 
 @dataclass(frozen=True)
 class ModelFamily:
     """What differs between models around an encoder; one entry per model type in `hiprune_kernels.patch.FAMILIES`."""
 
+    name: str  # as people call it, and its transformers class
     host: Callable[[nn.Module], nn.Module]  # the module whose forward opens a call
-    encoder: Callable[[nn.Module], nn.Module]  # host -> vision encoder
+    encoders: Callable[[nn.Module], Sequence[nn.Module]]  # host -> its vision encoders
     feature_layer: Callable[[nn.Module, dict[str, Any]], int]  # (host, its forward's arguments) -> 1-based layer
     check: Callable[[nn.Module], None] = lambda host: None  # raises if this host is not supported
+    check_call: Callable[[Call], None] = lambda call: None  # raises for what a pruned forward cannot give
+    tiles: Callable[[Call, EncoderRun], list[int]] = lambda call, run: [1] * len(run.grids)
+    # ^ how many tiles (or frames) of a run belong to each image (or video)
+    candidates: Callable[[Call, EncoderRun], Tensor | None] = lambda call, run: None
+    # ^ bool [T] on the CPU: False takes a token out before the selection
+    late: Callable[[Call, EncoderRun], bool] = lambda call, run: False  # selects after the features are finished
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    keep_mask: Callable[[Call], Tensor] | None = None  # call -> bool [B, L], False where the prompt loses a token
+    kept: Callable[[Call], list[tuple[int, Tensor]]] = lambda call: []
+    # ^ per kind of placeholder: its token id, and in order of the prompt which of them stay, bool
     install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
+    has_unpad: bool = False  # takes the option `unpad`
+    notes: str = ""  # what `hiprune info --models` says of limits
+
+
+@dataclass
+class Tower:
+    """One vision encoder of a patched model."""
+
+    encoder: nn.Module
+    family: EncoderFamily
+    config: Any
+    layers: list[nn.Module]
+    object_layer: int  # 1-based, both
+    feature_layer: int
+    argument_names: tuple[str, ...]  # of the encoder's forward
+
+    @property
+    def object_attention(self) -> nn.Module:
+        return self.layers[self.object_layer - 1].get_submodule(self.family.attention)
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return self.family.num_prefix_tokens(self.config)
 
 
 @dataclass
@@ -99,15 +114,53 @@ class Patch:
 
     settings: Settings
     family: ModelFamily
-    encoder_family: EncoderFamily
     host: nn.Module
-    config: Any  # of the encoder
-    object_layer: int
-    feature_layer: int
-    modules: tuple[nn.Module, ...]  # that act while one of this model's calls is open
+    towers: list[Tower]
     argument_names: tuple[str, ...]  # of the host's forward
     edits: Edits = field(default_factory=Edits)
     last: list[Selection] = field(default_factory=list)
+
+    def tower_of(self, module: nn.Module) -> Tower | None:
+        """The tower whose encoder, object attention, feature layer or later layer `module` is."""
+        for tower in self.towers:
+            if module in (tower.encoder, tower.object_attention, *tower.layers[tower.feature_layer - 1 :]):
+                return tower
+        return None
+
+
+@dataclass
+class EncoderRun:
+    """One run of a vision encoder within a call: its images, and what was selected in them.
+
+    Tokens of all images are counted through, tile by tile: [T].
+    """
+
+    tower: Tower
+    grids: list[Grid]  # of the tiles
+    tiles: list[int] = field(default_factory=list)  # how many of them each image has
+    budgets: list[int] = field(default_factory=list)  # of the tiles
+    unit_rows: Tensor | None = None  # [T, G], see EncoderFamily
+    candidates: Tensor | None = None  # [T] bool
+    whole: bool = False  # every token stays: the forward is stock
+    late: bool = False  # the features are computed for all tokens, and selected afterwards
+    object_scores: Tensor | None = None  # [T]
+    deep_scores: Tensor | None = None  # [T]
+    indices: Tensor | None = None  # [sum of budgets], counted in T; -1 where a budget could not be filled
+    roles: Tensor | None = None  # [T]
+    rows: Tensor | None = None  # the encoder's rows to compute: [B, prefix + K], or [K] packed
+    connector_prefix: int = 0  # prefix rows that went through the connector with every image
+
+    @property
+    def sizes(self) -> list[int]:
+        return [math.prod(grid) for grid in self.grids]
+
+    def kept(self) -> Tensor:
+        """Which rows behind the connector stay, bool, tile by tile: prefix rows that went through it, then tokens."""
+        kept = self.roles > 0
+        if self.connector_prefix == 0:
+            return kept
+        kept = kept.view(len(self.grids), -1)
+        return torch.cat([kept.new_ones(len(kept), self.connector_prefix), kept], dim=1).flatten()
 
 
 @dataclass
@@ -116,118 +169,204 @@ class Call:
 
     patch: Patch
     arguments: dict[str, Any]
-    budget: int
-    grid: tuple[int, int]
-    object_scores: Tensor | None = None  # [B, prefix + N]
-    indices: Tensor | None = None  # [B, budget]
-    roles: Tensor | None = None  # [B, N]
+    runs: list[EncoderRun] = field(default_factory=list)
     plan: Any = None  # of the language side
+
+    @property
+    def prunes(self) -> bool:
+        return any(not run.whole for run in self.runs)
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hiprune_call", default=None)
 
 
-def current_call(module: nn.Module) -> Call | None:
-    """The open call that `module` takes part in, if there is one."""
+def current_call(part: str, module: nn.Module) -> Call | None:
+    """The open call, if `module` is this part ("connector" or "language_model") of its host."""
     call = _CALL.get()
-    return call if call is not None and module in call.patch.modules else None
+    return call if call is not None and getattr(call.patch.family, part)(call.patch.host) is module else None
+
+
+def _current_run(module: nn.Module) -> EncoderRun | None:
+    """The run that `module`, a part of a vision encoder, is in, if it selects anything."""
+    call = _CALL.get()
+    tower = call.patch.tower_of(module) if call is not None else None
+    if tower is None or not call.runs or call.runs[-1].tower is not tower or call.runs[-1].whole:
+        return None
+    return call.runs[-1]
 
 
 # ---------------------------------------------------------------------------------------------------- opening a call
 
 
-def _begin(patch: Patch, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
-    """Open a call if this forward has images to prune; raises for what a pruned forward cannot give."""
-    arguments = {**dict(zip(patch.argument_names, args)), **kwargs}
-    pixel_values = arguments.get("pixel_values")
-    if pixel_values is None:
-        return None
-    grid = patch.encoder_family.grid(patch.config, pixel_values)
-    num_tokens = math.prod(grid)
-    budget = resolve_budget(num_tokens, budget=patch.settings.budget, retention=patch.settings.retention)
-    if budget == num_tokens:  # stock forward: nothing is selected, so every token counts as a register
-        everything = torch.arange(num_tokens, device=pixel_values.device)
-        roles = torch.full_like(everything, _REGISTER, dtype=torch.uint8)
-        patch.last = [Selection(everything, roles, grid) for _ in range(len(pixel_values))]
-        return None
-    if patch.host.training:
-        raise ValueError("model: pruning is for inference, but the model is in training mode; call model.eval() first")
-    if arguments.get("output_attentions") or getattr(patch.host.config, "output_attentions", False):
-        raise ValueError("output_attentions: a pruned forward has no full attention maps; use record_scores instead")
-    layer = patch.family.feature_layer(patch.host, arguments)
-    if layer != patch.feature_layer:
-        raise ValueError(
-            f"vision_feature_layer: the model was patched for features of layer {patch.feature_layer}, but this call "
-            f"asks for layer {layer}; set it in the config and apply again"
-        )
-    return Call(patch, arguments, budget, grid)
+def bind(names: Sequence[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name."""
+    return {**dict(zip(names, args)), **kwargs}
+
+
+def forward_names(module: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a module's stock forward."""
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
 def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, inside an open call. A wrapper rather than two hooks, so that even an interrupt closes it."""
     patch: Patch = self.__dict__[PATCH]
-    call = _begin(patch, args, kwargs)
-    if call is None:
-        return type(self).forward(self, *args, **kwargs)
+    call = Call(patch, bind(patch.argument_names, args, kwargs))
+    forward = encoder_forward if any(tower.encoder is self for tower in patch.towers) else type(self).forward
     token = _CALL.set(call)
     try:
-        output = type(self).forward(self, *args, **kwargs)
+        output = forward(self, *args, **kwargs)
     finally:
         _CALL.reset(token)
-    patch.last = [Selection(indices, roles, call.grid) for indices, roles in zip(call.indices, call.roles)]
-    return patch.family.finish(call, output)
+    if call.runs:
+        patch.last = [selection for run in call.runs for selection in _selections(run)]
+    return patch.family.finish(call, output) if call.prunes else output
+
+
+def _selections(run: EncoderRun) -> list[Selection]:
+    """What was kept of each image of a run."""
+    selections, tile, token, row = [], 0, 0, 0
+    for count in run.tiles:
+        grid = run.grids[tile] if count == 1 else (count, *run.grids[tile])
+        tokens, rows = sum(run.sizes[tile : tile + count]), sum(run.budgets[tile : tile + count])
+        indices = run.indices[row : row + rows]
+        if not _fills_budgets(run):
+            indices = indices[indices >= 0]
+        selections.append(Selection(indices - token, run.roles[token : token + tokens], grid))
+        tile, token, row = tile + count, token + tokens, row + rows
+    return selections
+
+
+# ---------------------------------------------------------------------------------------------------- an encoder's run
+
+
+def encoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The stock forward; in an open call it begins a run."""
+    call = _CALL.get()
+    tower = call.patch.tower_of(self) if call is not None else None
+    if tower is not None:
+        call.runs.append(_begin_run(call, tower, bind(tower.argument_names, args, kwargs)))
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRun:
+    """How many tokens of which images will stay; raises for what a pruned forward cannot give."""
+    patch, settings = call.patch, call.patch.settings
+    run = EncoderRun(tower, tower.family.grids(tower.config, arguments))
+    run.tiles = patch.family.tiles(call, run)
+    sizes, tile = run.sizes, 0
+    for count in run.tiles:
+        budget = tile_budget(sizes[tile], count, budget=settings.budget, retention=settings.retention)
+        run.budgets += [budget] * count
+        tile += count
+    device = next(tower.encoder.parameters()).device
+    if run.budgets == sizes:  # nothing is selected, so every token counts as a register
+        run.whole = True
+        run.indices = torch.arange(sum(sizes), device=device)
+        run.roles = torch.full((sum(sizes),), _REGISTER, dtype=torch.uint8, device=device)
+        return run
+    if patch.host.training:
+        raise ValueError("model: pruning is for inference, but the model is in training mode; call model.eval() first")
+    if call.arguments.get("output_attentions") or getattr(patch.host.config, "output_attentions", False):
+        raise ValueError("output_attentions: a pruned forward has no full attention maps; use record_scores instead")
+    layer = patch.family.feature_layer(patch.host, call.arguments)
+    if layer != tower.feature_layer:
+        raise ValueError(
+            f"vision_feature_layer: the model was patched for features of layer {tower.feature_layer}, but this call "
+            f"asks for layer {layer}; set it in the config and apply again"
+        )
+    patch.family.check_call(call)
+    candidates = patch.family.candidates(call, run)
+    if candidates is not None:
+        counts = [int(part.sum()) for part in candidates.split(sizes)]
+        run.budgets = [max(1, min(budget, count)) for budget, count in zip(run.budgets, counts)]
+        run.candidates = candidates
+    run.unit_rows = tower.family.unit_rows(tower.config, arguments)
+    run.late = patch.family.late(call, run)
+    return run
+
+
+def _fills_budgets(run: EncoderRun) -> bool:
+    """Whether sizes alone tell that no index is -1."""
+    return run.whole or (run.candidates is None and run.tower.family.official_rule != "official_qwen")
 
 
 # --------------------------------------------------------------------------------------------------- the object layer
 
 
 def object_listener(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float | None,
-    stock: Callable[[], tuple[Tensor, Tensor | None]],
+    module: nn.Module, attention: Attention, stock: Callable[[], tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, Tensor | None]:
-    """The object layer: full attention, and in an open call its column scores (Eq. 2)."""
-    call = current_call(module)
-    if call is None:
+    """The object layer: full attention, and in a run its column scores (Eq. 2)."""
+    run = _current_run(module)
+    if run is None:
         return stock()
-    if call.patch.settings.score_queries == "cls":
-        call.object_scores = ops.attention_scores(query[:, :, :1], key, scale=scaling)
+    if _CALL.get().patch.settings.score_queries == "cls":
+        run.object_scores = token_scores(run, attention.column_scores("cls"))
         return stock()
-    output, call.object_scores = ops.attention_with_scores(query, key, value, scale=scaling)
-    return output.transpose(1, 2), None
+    output, scores = attention.output_and_scores()
+    run.object_scores = token_scores(run, scores)
+    return output, None
+
+
+def token_scores(run: EncoderRun, scores: Tensor) -> Tensor:
+    """Scores of an encoder's rows, [B, prefix + N] or [R], as scores of tokens, [T]: the means over their rows."""
+    if scores.ndim == 2:
+        scores = scores[:, run.tower.num_prefix_tokens :]
+    if run.unit_rows is not None:
+        scores = scores[..., run.unit_rows.to(scores.device)].mean(dim=-1)
+    return scores.flatten()
 
 
 # --------------------------------------------------------------------------------------------------- the feature layer
 
 
-def _select_rows(call: Call, query: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Deep scores and selection: the rows to compute, [B, prefix + budget] int64, prefix rows first."""
-    patch, settings, family = call.patch, call.patch.settings, call.patch.encoder_family
-    counted = query[:, :, :1] if settings.score_queries == "cls" else query
-    deep_scores = ops.attention_scores(counted, key, scale=scale)
-    object_scores = deep_scores
-    if patch.object_layer != patch.feature_layer:
-        object_scores = call.object_scores.to(deep_scores.device)
-    rule = settings.rule
+def select(run: EncoderRun, settings: Settings) -> None:
+    """Algorithm 1 on a run's scores: sets `indices` and `roles`."""
+    object_scores, deep_scores = run.object_scores.to(run.deep_scores.device), run.deep_scores
+    rule, family = settings.rule, run.tower.family
     if rule == "official":
         rule = family.official_rule
         if family.official_means:
-            object_scores, deep_scores = object_scores / counted.shape[2], deep_scores / counted.shape[2]
-    call.indices, call.roles = ops.select_tokens(
+            group = 1 if run.unit_rows is None else run.unit_rows.shape[1]
+            queries = 1 if settings.score_queries == "cls" else run.sizes[0] * group + run.tower.num_prefix_tokens
+            object_scores, deep_scores = object_scores / queries, deep_scores / queries
+    run.indices, run.roles = ops.select_tokens_varlen(
         object_scores,
         deep_scores,
-        budget=call.budget,
+        grids=run.grids,
+        budgets=run.budgets,
         alpha=settings.alpha,
-        grid=call.grid,
         rule=rule,
         neighborhood=settings.neighborhood,
-        num_prefix_tokens=family.num_prefix_tokens,
+        candidate_mask=None if run.candidates is None else run.candidates.to(deep_scores.device),
         keep_roles=settings.keep_roles,
     )
-    return with_prefix(call.indices, family.num_prefix_tokens)
+
+
+def _tile_indices(run: EncoderRun) -> Tensor:
+    """Kept tokens of each tile, [B, K] counted within the tile; -1 fills."""
+    starts = torch.arange(len(run.grids), device=run.indices.device)[:, None] * run.sizes[0]
+    indices = pad_sequence(list(run.indices.split(run.budgets)), batch_first=True, padding_value=-1)
+    return torch.where(indices < 0, indices, indices - starts)
+
+
+def _packed_units(run: EncoderRun) -> Tensor:
+    """Kept tokens in the order of a packed encoder's groups of rows: which groups, ascending, [K]."""
+    indices = run.indices if _fills_budgets(run) else run.indices[run.indices >= 0]
+    first = run.unit_rows[indices, 0]
+    return first.sort().values // run.unit_rows.shape[1]
+
+
+def _select_rows(run: EncoderRun) -> Tensor:
+    """The encoder's rows to compute: [B, prefix + K G], prefix rows first, or [K G] packed."""
+    prefix, group = run.tower.num_prefix_tokens, 1 if run.unit_rows is None else run.unit_rows.shape[1]
+    if run.tower.family.packed:
+        return (_packed_units(run)[:, None] * group + torch.arange(group, device=run.indices.device)).flatten()
+    indices = _tile_indices(run).clamp(min=0)
+    if run.unit_rows is not None:
+        indices = run.unit_rows.to(indices.device)[indices].flatten(1)
+    return with_prefix(indices, prefix)
 
 
 def with_prefix(indices: Tensor, num_prefix_tokens: int) -> Tensor:
@@ -237,100 +376,67 @@ def with_prefix(indices: Tensor, num_prefix_tokens: int) -> Tensor:
 
 
 def gather_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
-    """Rows [B, K, C] of hidden states [B, N, C]."""
+    """Rows [B, K, C] of hidden states [B, N, C], or [K, C] of packed ones [T, C]."""
+    if hidden_states.ndim == 2:
+        return hidden_states[rows]
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
-def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The feature layer: [B, prefix + N, C] -> [B, prefix + budget, C] in an open call."""
-    call = current_call(self)
-    if call is None:
+def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The feature layer: all rows in; in a run, only the selected ones out."""
+    run = _current_run(self)
+    if run is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return call.patch.encoder_family.sparse_layer(
-        self, hidden_states, lambda query, key, scale: _select_rows(call, query, key, scale)
-    )
-
-
-def skipped_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """A layer behind the feature layer: in an open call nothing reads its output."""
-    if current_call(self) is None:
+    family, settings = run.tower.family, _CALL.get().patch.settings
+    attention = family.project(self, hidden_states, *args, **kwargs)
+    run.deep_scores = token_scores(run, attention.column_scores(settings.score_queries))
+    if run.tower.object_layer == run.tower.feature_layer:
+        run.object_scores = run.deep_scores
+    if run.late:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    return hidden_states
+    select(run, settings)
+    run.rows = rows = _select_rows(run)
+    states = family.finish(self, gather_rows(hidden_states, rows), attention.output_rows(rows))
+    if family.full_shape:
+        states = torch.zeros_like(hidden_states).scatter(1, rows[..., None].expand_as(states), states)
+    return (states, None) if family.returns_tuple else states
 
 
-def _clip_sparse_layer(
-    layer: nn.Module, hidden_states: Tensor, select: Callable[[Tensor, Tensor, float], Tensor]
-) -> Tensor:
-    """CLIPEncoderLayer for selected rows: attention over all keys, everything behind it for those rows only."""
-    attention = layer.self_attn
-    normed = layer.layer_norm1(hidden_states)
-    query, key, value = (
-        projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, H, N, D]
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-    )
-    rows = select(query, key, attention.scale)
-    query = query.gather(2, rows[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3]))
-    attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scale)
-    hidden_states = gather_rows(hidden_states, rows) + attention.out_proj(attended.transpose(1, 2).flatten(2))
-    return hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+def skipped_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A layer behind the feature layer: in a run nothing reads its output."""
+    run = _current_run(self)
+    if run is None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
+    return (hidden_states, None) if run.tower.family.returns_tuple else hidden_states
 
 
-def _image_grid(config: Any, pixel_values: Tensor) -> tuple[int, int]:
-    height, width = pixel_values.shape[-2:]
-    return height // config.patch_size, width // config.patch_size
+# -------------------------------------------------------------------------------------------------------- the connector
 
 
-ENCODERS = {
-    "clip_vision_model": EncoderFamily(
-        num_prefix_tokens=1,
-        object_share=9 / 24,
-        official_rule="official",
-        official_means=True,
-        layers="layers",
-        attention="self_attn",
-        grid=_image_grid,
-        sparse_layer=_clip_sparse_layer,
-        stock_sources={"": "9c77f9ba2eeb4169", "self_attn": "45fb45ce967c253b"},
-    ),
-}
-
-
-# ------------------------------------------------------------------------------------------------------ finding things
-
-
-def find_encoder(model: nn.Module) -> tuple[EncoderFamily, Any, list[nn.Module]]:
-    """Family, config and layers of the vision encoder that `model` is, holds, or is the inside of.
-
-    Raises:
-        TypeError: if `model` is not a module.
-        ValueError: if there is no supported encoder.
-    """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        family = ENCODERS.get(getattr(config, "model_type", None))
-        if family is not None and isinstance(layers := getattr(module, family.layers, None), nn.ModuleList):
-            return family, config, list(layers)
-    raise ValueError(f"model: found no supported vision encoder ({', '.join(ENCODERS)}) in {type(model).__name__}")
-
-
-def warn_unknown_sources(family: EncoderFamily, layer: nn.Module) -> None:
-    """Warn if the stock forwards that the feature layer stands in for are not the known ones."""
-    for path, digest in family.stock_sources.items():
-        forward = type(layer.get_submodule(path)).forward
-        if source_digest(forward) != digest:
-            warnings.warn(
-                f"hiprune_kernels computes {forward.__qualname__} by itself in the feature layer, and the installed "
-                "transformers has a version of it that was never compared with ours: check the outputs, or use a "
-                "transformers release that hiprune_kernels was tested with",
-                stacklevel=5,  # where apply_hiprune was called,
-            )
-
-
-def source_digest(function: Callable[..., Any]) -> str:
-    """A short digest of a function's source text; empty where there is no source to read."""
-    try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return ""
+def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
+    """Features to the language model's space; in a run, for the kept tokens, spread over the places of all of them."""
+    call = current_call("connector", self)
+    run = call.runs[-1] if call is not None and call.runs else None
+    if run is None:
+        return type(self).forward(self, features)
+    family = run.tower.family
+    if run.whole or run.late:
+        projected = type(self).forward(self, features)
+        run.connector_prefix = 0 if family.packed else projected.shape[1] - run.sizes[0]
+        return projected
+    if family.packed:
+        projected = type(self).forward(self, features)
+        places = _packed_units(run)
+        return projected.new_zeros(len(run.unit_rows), projected.shape[-1]).index_copy(0, places, projected)
+    tokens = _tile_indices(run)
+    if family.full_shape:
+        features = gather_rows(features, tokens.clamp(min=0).to(features.device))
+    projected = type(self).forward(self, features)
+    run.connector_prefix = prefix = projected.shape[1] - tokens.shape[1]
+    length = prefix + run.sizes[0]
+    filled = _fills_budgets(run) and len(set(run.budgets)) == 1
+    places = tokens if filled else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last
+    places = with_prefix(places, prefix).to(projected.device)[..., None].expand_as(projected)
+    shape = (len(projected), length if filled else length + 1, projected.shape[-1])
+    spread = projected.new_zeros(shape).scatter(1, places, projected)
+    return spread if filled else spread[:, :length].contiguous()

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .. import ops
-from .edits import Edits, refuse_tapped, tap_attention
-from .encoders import PATCH, find_encoder
+from .attention import Attention, refuse_tapped, tap_attention
+from .edits import Edits
+from .encoders import PATCH
+from .towers import find_encoder
 
 
 class LayerScores(dict[int, list[Tensor]]):
@@ -35,17 +36,11 @@ class _Recorder:
     layer: int
 
     def __call__(
-        self,
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float | None,
-        stock: Callable[[], tuple[Tensor, Tensor | None]],
+        self, module: nn.Module, attention: Attention, stock: Callable[[], tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
         # Another thread's forward through the same modules is not part of this recording.
         if any(active is self.scores for active in _RECORDING.get()):
-            self.scores[self.layer].append(ops.attention_scores(query, key, scale=scaling))
+            self.scores[self.layer].append(attention.column_scores().detach())
         return stock()
 
 
@@ -74,7 +69,7 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         >>> scores[9][0].shape
         torch.Size([1, 577])
     """
-    family, _, modules = find_encoder(encoder)
+    family, config, modules = find_encoder(encoder)
     wanted = range(1, len(modules) + 1) if layers == "all" else layers
     if isinstance(wanted, (str, int)) or not all(isinstance(layer, int) for layer in wanted):
         raise TypeError(f'layers: expected "all" or a sequence of 1-based layer numbers, got {layers!r}')
@@ -84,10 +79,10 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         raise ValueError(
             "encoder: it is patched, and a pruned forward has no scores of every layer; call remove_hiprune first"
         )
-    attentions = [getattr(module, family.attention) for module in modules]
+    attentions = [module.get_submodule(family.attention) for module in modules]
     refuse_tapped(attentions)
     scores = LayerScores({layer: [] for layer in wanted})
-    scores.num_prefix_tokens = family.num_prefix_tokens
+    scores.num_prefix_tokens = family.num_prefix_tokens(config)
     edits = Edits()
     token = _RECORDING.set((*_RECORDING.get(), scores))
     try:

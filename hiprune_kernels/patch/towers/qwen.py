@@ -1,0 +1,73 @@
+"""The encoders of Qwen-VL: all images packed into one sequence [T, C], patches in merge groups."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.vision_utils import get_vision_window_index
+
+from ..attention import Attention
+from .family import EncoderFamily, Grid, residual
+
+
+def _grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
+    merge = config.spatial_merge_size
+    return [(t, h // merge, w // merge) for t, h, w in arguments["grid_thw"].tolist()]
+
+
+def _unit_rows(config: Any, arguments: dict[str, Any]) -> Tensor:
+    """Patches come in merge groups: token t is made of rows 4 t to 4 t + 3."""
+    group = config.spatial_merge_size**2
+    grid_thw = arguments["grid_thw"]
+    return torch.arange(int(grid_thw.prod(dim=1).sum()), device=grid_thw.device).view(-1, group)
+
+
+def _window_unit_rows(config: Any, arguments: dict[str, Any]) -> Tensor:
+    """... and Qwen2.5-VL brings the groups into window order."""
+    window_index = arguments.get("window_index")
+    if window_index is None:
+        sizes = config.spatial_merge_size, config.window_size, config.patch_size
+        window_index, _ = get_vision_window_index(arguments["grid_thw"], *sizes)
+    rows = _unit_rows(config, arguments)
+    return rows[window_index.to(rows.device).argsort()]
+
+
+def _project(
+    layer: nn.Module,
+    hidden_states: Tensor,  # [T, C]
+    cu_seqlens: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    **kwargs: Any,
+) -> Attention:
+    attention = layer.attn
+    qkv = attention.qkv(layer.norm1(hidden_states)).unflatten(-1, (3, attention.num_heads, -1))
+    query, key, value = qkv.unbind(1)  # [T, H, D]
+    rotate = inspect.getmodule(type(attention)).apply_rotary_pos_emb_vision
+    query, key = rotate(query, key, *position_embeddings)
+    return Attention(query, key, value, attention.scaling, cu_seqlens=cu_seqlens.to(torch.int32))
+
+
+def _finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    return residual(layer, states, layer.attn.proj(attended), "norm2")
+
+
+# config.model_type of the vision encoder -> family
+FAMILIES = {
+    "qwen2_5_vl_vision": EncoderFamily(
+        name="Qwen2.5-VL",
+        layers="blocks",
+        attention="attn",
+        project=_project,
+        finish=_finish,
+        grids=_grids,
+        unit_rows=_window_unit_rows,
+        packed=True,
+        object_share=16 / 32,
+        official_rule="official_qwen",
+        official_means=False,
+        stock_sources={},
+    ),
+}
