@@ -24,12 +24,12 @@ from hiprune_kernels.patch import (
     FAMILIES,
     apply_hiprune,
     encoders,
-    towers,
     hiprune,
     is_patched,
     last_selection,
     record_scores,
     remove_hiprune,
+    towers,
 )
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "suppress_tokens": [IMAGE_TOKEN]}
