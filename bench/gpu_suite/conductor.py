@@ -41,6 +41,7 @@ SECTIONS = {  # most important first
     "selection": Section(0.06, 15.0),
     "llava": Section(0.15, 40.0),
     "paths": Section(0.12, 20.0),
+    "sanitizer": Section(0.10, 30.0),
     "tune": Section(0.60, 40.0),
 }
 

@@ -29,6 +29,7 @@ CASES = {  # section -> module and function that list its cases
     "encoder": ("encoder", "cases"),
     "llava": ("llava", "cases"),
     "paths": ("paths", "path_cases"),
+    "sanitizer": ("sanitizer", "cases"),
     "tune": ("paths", "tune_cases"),
 }
 

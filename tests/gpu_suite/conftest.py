@@ -7,7 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = "attention conductor context encoder floors gpu_tests llava models report selection timing ways worker"
+MODULES = (
+    "attention conductor context encoder floors gpu_tests llava models report sanitizer selection timing ways worker"
+)
 
 
 @pytest.fixture(scope="session")

@@ -540,3 +540,39 @@ def test_real_sizes(suite):
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(7.06e9, rel=0.01)
     assert config.image_seq_length == 576 and config.vision_config.num_hidden_layers == 24
     assert config.text_config.eos_token_id is None
+
+
+# ------------------------------------------------------------------------------------------------------------ sanitizer
+
+FAKE_TOOL = """#!/usr/bin/env python3
+import os, subprocess, sys
+assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+tool = sys.argv[sys.argv.index("--tool") + 1]
+if tool == "memcheck":
+    print("========= COMPUTE-SANITIZER\\ncalls: 7\\n========= ERROR SUMMARY: 0 errors")
+else:
+    print("========= Race reported between Write and Read\\n========= RACECHECK SUMMARY: 1 hazard")
+    sys.exit(int(sys.argv[sys.argv.index("--error-exitcode") + 1]))
+"""
+
+
+def test_sanitizer_makes_its_calls_and_checks_them(suite, context, monkeypatch):
+    (memcheck, racecheck) = suite.sanitizer.cases(context)
+    assert [memcheck.name, racecheck.name] == ["memcheck", "racecheck"]
+    assert memcheck.rows()[0]["calls"] == 7
+    monkeypatch.setattr(suite.sanitizer.hk, "attention_with_scores", lambda q, k, v, **_: (q, k.float().sum((1, 3))))
+    with pytest.raises(AssertionError, match="not close"):
+        suite.sanitizer.calls(torch.device("cpu"))
+
+
+def test_sanitizer_reads_what_the_tool_finds(suite, monkeypatch, tmp_path):
+    context = suite.context.Context(torch.device("cuda:0"), suite.timing.HostClock(), quick=True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    memcheck, racecheck = suite.sanitizer.cases(context)
+    with pytest.raises(suite.context.UnavailableError, match="not installed"):
+        memcheck.rows()
+    (tmp_path / "compute-sanitizer").write_text(FAKE_TOOL.replace("/usr/bin/env python3", sys.executable))
+    (tmp_path / "compute-sanitizer").chmod(0o755)
+    assert memcheck.rows() == [{"way": "memcheck", "calls": 7, "found": "ERROR SUMMARY: 0 errors"}]
+    with pytest.raises(RuntimeError, match="status 9: Race reported between Write and Read"):
+        racecheck.rows()
