@@ -258,10 +258,15 @@ def create_masks_for_generate(
     )
 
 
+def _has_images(kwargs: dict[str, Any]) -> bool:
+    """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
+    return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
+
+
 def _prefill(
     self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
 ) -> Any:
-    if generation_config.prefill_chunk_size is not None and model_kwargs.get("pixel_values") is not None:
+    if generation_config.prefill_chunk_size is not None and _has_images(model_kwargs):
         raise ValueError(
             "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
         )
@@ -270,7 +275,7 @@ def _prefill(
 
 def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model with the head: what counts positions in the unpruned logits cannot be honoured."""
-    if kwargs.get("pixel_values") is None:
+    if not _has_images(kwargs):
         return
     if isinstance(kwargs.get("logits_to_keep"), Tensor):
         raise ValueError("logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter")
