@@ -9,7 +9,7 @@ from torch.library import opcheck
 
 import hiprune_kernels as hk
 from hiprune_kernels import reference
-from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES, plan_selection
+from hiprune_kernels.budget import CLUSTER_SIZES, ROLE_NAMES, RULES, SelectionPlan, plan_selection
 from hiprune_kernels.ops.library import CPU_KERNELS
 
 needs_cpu_kernels = pytest.mark.skipif(not CPU_KERNELS, reason="the C++ extension is not built")
@@ -81,6 +81,63 @@ def test_kernel_equals_reference(seed):
         for x, y in zip((*result, *select(objects, deeps, **options)), (*expected, *expected[1:])):
             assert x.dtype == y.dtype
             assert torch.equal(x, y), options
+
+
+ISAS = [0, 1, 2]  # any processor, AVX2, AVX-512; what a processor lacks falls back to the next one below
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "special"])
+def test_every_instruction_set_equals_reference(kind, dtype, isa):
+    """Grids wide enough for whole vectors and a rest behind them."""
+    rng = random.Random(0)
+    for rule in RULES:
+        for keep_roles in ROLE_CHOICES:
+            grid = rng.choice([(24, 24), (7, 13), (2, 9, 11)])
+            count = math.prod(grid)
+            objects, deeps = (draw_scores(rng, kind, 2, count + 1).to(dtype) for _ in range(2))
+            mask = rng.choice([None, torch.rand(2, count) < 0.7])
+            options = rng.randint(1, count), rng.choice([0.1, 0.9]), rule, rng.choice(list(CLUSTER_SIZES)), keep_roles
+            plan = SelectionPlan.from_flat(flat := plan_selection([(1, *grid)[-3:]], [options[0]], *options[1:], 1))
+            result = torch.ops.hiprune._cpu_select_tokens(objects, deeps, mask, flat, isa)
+            for x, y in zip(result, reference.select_planned(objects, deeps, mask, plan)):
+                assert x.device == y.device
+                assert torch.equal(x, y), (grid, options)
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_scores_at_the_ends_of_their_range(dtype):
+    """The bisection's range is then as wide as its integers; 1 and its neighbours differ in the last bit alone."""
+    limits, one = torch.finfo(dtype), torch.ones((), dtype=dtype)
+    values = [limits.max, limits.min, math.inf, -math.inf, math.nan, limits.smallest_normal, 0.0, -0.0, 1.0]
+    scores = torch.tensor(values, dtype=dtype)
+    scores = torch.cat([scores, one.nextafter(2 * one)[None], one.nextafter(0 * one)[None], scores[:1]])
+    for budget in range(1, 13):
+        options = {"budget": budget, "grid": (1, 12), "keep_roles": ("register",)}
+        for x, y in zip(
+            hk.select_tokens(scores[None], scores[None], **options),
+            reference.select_tokens(scores[None], scores[None], **options),
+        ):
+            assert torch.equal(x, y), budget
+
+
+@needs_cpu_kernels
+def test_kernel_refuses_plans_that_do_not_fit():
+    scores = torch.rand(1, 36)
+    for plan, message in (
+        ([0, 0, 0, 1, 1, 1, 6, 6, 37, 0], r"expected a budget of 1\.\.36"),
+        ([0, 0, 0, 1, 1, 1, 6, 6, 9, 10], "and no more anchors, got 9 and 10"),
+        ([0, 4, 0, 1, 1, 1, 6, 6, 9, 1], "no such prefix, rule or neighborhood"),
+        ([0, 0, 0, 1, 1, 1, 6, 6, 9], "expected 5 numbers and 5 for each image, got 9"),
+        ([0, 0, 0, 1, 1, 1, 6, 7, 9, 1], "expected 42 columns, got 36"),
+        ([0, 0, 0, 1, 1, 1, 6, 6, 9, 1, 1, 6, 6, 9, 1], "expected one image for a batch, got 2"),
+        ([0, 0, 0, 1, 1, 1, 2**16, 2**15, 9, 1], r"fewer than 2\*\*31 tokens an image, got 2147483648"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.hiprune.select_tokens(scores, scores, None, plan)
 
 
 @needs_cpu_kernels
@@ -210,6 +267,14 @@ PACKED = {"object_scores": torch.rand(45), "deep_scores": torch.rand(45), "featu
         ({"object_scores": [1.0]}, TypeError, r"object_scores: expected a tensor \[B P\+N\], got list"),
         ({"object_scores": torch.rand(37)}, ValueError, r"object_scores: expected \[B P\+N\], got shape \(37,\)"),
         ({"object_scores": torch.ones(2, 37, dtype=torch.int64)}, TypeError, "object_scores: expected float32"),
+        ({"object_scores": torch.ones(2, 37, dtype=torch.int64), "deep_scores": torch.ones(2, 37, dtype=torch.int64)},
+         TypeError, "object_scores: expected float32"),
+        ({"object_scores": torch.rand(37), "deep_scores": torch.rand(37), "features": torch.randn(37, 5)},
+         ValueError, r"object_scores: expected \[B P\+N\], got shape \(37,\)"),
+        ({"deep_scores": None}, TypeError, r"deep_scores: expected a tensor \[B P\+N\], got NoneType"),
+        ({"features": [1.0]}, TypeError, r"features: expected a tensor \[B P\+N C\], got list"),
+        ({"budget": [9]}, TypeError, "budget: expected an int, got list"),
+        ({"rule": ["paper"]}, ValueError, r"rule: expected one of .* got \['paper'\]"),
         ({"deep_scores": torch.rand(2, 36)}, ValueError, r"deep_scores: expected \[B P\+N\] = \(2, 37\)"),
         ({"deep_scores": torch.rand(2, 37).double()}, TypeError, "deep_scores: expected dtype torch.float32"),
         ({"deep_scores": torch.empty(2, 37, device="meta")}, ValueError, "deep_scores: expected device cpu"),
@@ -223,6 +288,39 @@ def test_bad_dense_input(change, error, message):
     hk.prune_tokens(**DENSE)
     with pytest.raises(error, match=message):
         hk.prune_tokens(**{**DENSE, **change})
+
+
+def test_checks_do_not_take_for_known_what_only_equals_it():
+    """Plans are kept from call to call; 9.0 equals 9, and True equals 1, but neither is a number of tokens."""
+    hk.prune_tokens(**DENSE)
+    hk.prune_tokens(**{**DENSE, "budget": 1})
+    for change, error in (
+        ({"budget": 9.0}, TypeError),
+        ({"budget": True}, TypeError),
+        ({"grid": (6.0, 6)}, ValueError),
+        ({"num_prefix_tokens": 1.0}, ValueError),
+        ({"num_prefix_tokens": True}, ValueError),
+    ):
+        with pytest.raises(error, match=next(iter(change))) as raised:
+            hk.prune_tokens(**{**DENSE, **change})
+        assert raised.value.__context__ is None
+
+
+def test_options_that_no_cache_can_hold():
+    expected = hk.prune_tokens(**{**DENSE, "alpha": 1.0, "keep_roles": ("anchor", "register")})
+    for change in (
+        {"alpha": 1, "keep_roles": ["anchor", "register"]},
+        {"alpha": 1.0, "keep_roles": {"anchor", "register"}, "grid": [6, 6]},
+        {"alpha": 1.0, "keep_roles": ("anchor", "register"), "grid": torch.Size((6, 6))},
+    ):
+        for x, y in zip(hk.prune_tokens(**{**DENSE, **change}), expected):
+            assert torch.equal(x, y)
+    alpha = torch.tensor(1.0)
+    counts = []
+    for value in (1.0, 0.0):
+        alpha.fill_(value)
+        counts.append(int((hk.prune_tokens(**{**DENSE, "alpha": alpha})[2] == 1).sum()))
+    assert counts == [2, 0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ a batch that shares both.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -16,7 +17,16 @@ from torch import Tensor
 
 from .. import reference
 from ..budget import ROLE_NAMES, SelectionPlan, check_selection_options, plan_selection
-from .checks import check_budget, check_floating, check_grid, check_like, check_mask, check_shape, check_tensor
+from .checks import (
+    FLOATING,
+    check_budget,
+    check_floating,
+    check_grid,
+    check_like,
+    check_mask,
+    check_shape,
+    check_tensor,
+)
 from .library import NO_TRITON, TRITON, library, warn_without_cpu_kernels
 
 # ---------------------------------------------------------------------------------------------- public functions
@@ -82,7 +92,7 @@ def select_tokens(
         candidate_mask,
         keep_roles,
     )
-    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
+    return _select_op(object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens(
@@ -172,7 +182,7 @@ def select_tokens_varlen(
     plan = _check_packed(
         object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
     )
-    return torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
+    return _select_op(object_scores, deep_scores, candidate_mask, plan)
 
 
 def prune_tokens_varlen(
@@ -217,19 +227,34 @@ def prune_tokens_varlen(
 def _prune(features, object_scores, deep_scores, candidate_mask, plan) -> tuple[Tensor, Tensor, Tensor]:
     if features.requires_grad and torch.is_grad_enabled():
         # The fused operator has no backward (one in Python would cost more than the kernel); PyTorch's own gather has.
-        indices, roles = torch.ops.hiprune.select_tokens.default(object_scores, deep_scores, candidate_mask, plan)
+        indices, roles = _select_op(object_scores, deep_scores, candidate_mask, plan)
         return (
             reference.gather_rows(features[..., SelectionPlan.from_flat(plan).num_prefix_tokens :, :], indices),
             indices,
             roles,
         )
-    return torch.ops.hiprune.prune_tokens.default(features, object_scores, deep_scores, candidate_mask, plan)
+    return _prune_op(features, object_scores, deep_scores, candidate_mask, plan)
 
 
 # -------------------------------------------------------------------------------------------------------- checks
 
 
+# The kernel takes a microsecond, each of these checks a tenth of one. So the usual case passes in few tests, and what
+# an image's sizes and options come to is worked out once. Where something is wrong, the slower checks say what.
+
+
 def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_prefix_tokens: int, count: int) -> None:
+    if candidate_mask is None and isinstance(object_scores, Tensor) and isinstance(deep_scores, Tensor):
+        shape, dtype = object_scores.shape, object_scores.dtype
+        if (
+            len(shape) == 1 + (" " in dims)
+            and shape[-1] == num_prefix_tokens + count
+            and shape == deep_scores.shape
+            and dtype in FLOATING
+            and dtype == deep_scores.dtype
+            and object_scores.device == deep_scores.device
+        ):
+            return
     check_tensor("object_scores", object_scores, dims)
     check_floating("object_scores", object_scores)
     shape = object_scores.shape
@@ -245,21 +270,47 @@ def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_pre
 
 
 def _check_features(features, dims: str, object_scores) -> None:
+    if (
+        isinstance(features, Tensor)
+        and features.shape[:-1] == object_scores.shape
+        and features.device == object_scores.device
+    ):
+        return
     check_tensor("features", features, dims)
     check_shape("features", features, dims, (*object_scores.shape, features.shape[-1]))
     check_like("features", features, "object_scores", object_scores, dtype=False)
 
 
-def _check_dense(
-    object_scores, deep_scores, budget, alpha, grid, rule, neighborhood, num_prefix_tokens, candidate_mask, keep_roles
-) -> list[int]:
+def _plan_dense(budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens, grid) -> tuple[tuple[int, ...], int]:
+    """The plan as the operators take it, and the number of candidates."""
     check_selection_options(alpha, rule, neighborhood, keep_roles)
-    grid = check_grid("grid", grid)
-    check_budget("budget", budget, grid)
+    sides = check_grid("grid", grid)
+    check_budget("budget", budget, sides)
     if type(num_prefix_tokens) is not int or num_prefix_tokens < 0:
         raise ValueError(f"num_prefix_tokens: expected an int, at least 0, got {num_prefix_tokens!r}")
-    _check_scores(object_scores, deep_scores, candidate_mask, "B P+N", num_prefix_tokens, math.prod(grid))
-    return plan_selection((grid,), (budget,), alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
+    plan = plan_selection((sides,), (budget,), alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
+    return tuple(plan), math.prod(sides)
+
+
+@functools.lru_cache(maxsize=1024, typed=True)  # typed, and the sides one by one: 24.0 equals 24, but is no size
+def _cached_plan(budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens, *grid):
+    return _plan_dense(budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens, grid)
+
+
+def _check_dense(
+    object_scores, deep_scores, budget, alpha, grid, rule, neighborhood, num_prefix_tokens, candidate_mask, keep_roles
+) -> tuple[int, ...]:
+    # torch.compile traces no cache; what is no float may change its value and remain the same object.
+    cacheable = type(alpha) is float and not torch.compiler.is_compiling()
+    options = budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens
+    try:
+        plan, count = _cached_plan(*options, *grid) if cacheable else (None, 0)
+    except TypeError:  # a list, which cannot be looked up; or an error that comes again below, and then alone
+        plan = None
+    if plan is None:
+        plan, count = _plan_dense(*options, grid)
+    _check_scores(object_scores, deep_scores, candidate_mask, "B P+N", num_prefix_tokens, count)
+    return plan
 
 
 def _check_packed(
@@ -283,6 +334,7 @@ def _check_packed(
 _ARGUMENTS = "Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] plan"
 library.define(f"select_tokens({_ARGUMENTS}) -> (Tensor indices, Tensor roles)")
 library.define(f"prune_tokens(Tensor features, {_ARGUMENTS}) -> (Tensor kept, Tensor indices, Tensor roles)")
+_select_op, _prune_op = torch.ops.hiprune.select_tokens.default, torch.ops.hiprune.prune_tokens.default
 
 
 @torch.library.impl(library, "select_tokens", "CompositeExplicitAutograd")
