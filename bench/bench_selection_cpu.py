@@ -1,5 +1,7 @@
 """Selection on the CPU, one thread: the fused operator against the chain of PyTorch calls it stands for.
 
+Beside it, PyTorch's gather of the same rows alone: the part of our time that is bound by memory, whatever selects.
+
 pytest bench/bench_selection_cpu.py        (or `make bench`)
 """
 
@@ -50,5 +52,12 @@ def test_selection(side_by_side, name):
     def chain():
         return torch_chain(features, object_scores, deep_scores, budget, side, num_anchors)
 
+    alternatives = {"torch chain": chain}
+    if features is not None:
+        indices = hk.select_tokens(object_scores, deep_scores, **options)[0]
+        rows = (indices + side * side * torch.arange(images)[:, None]).flatten()
+        table = features.flatten(0, 1)
+        alternatives["gather alone"] = lambda: table.index_select(0, rows)
+        assert torch.equal(alternatives["gather alone"](), ours().flatten(0, 1))
     assert torch.equal(ours(), chain())
-    side_by_side(ours, {"torch chain": chain}, 301)
+    side_by_side(ours, alternatives, 301)

@@ -62,9 +62,9 @@ struct Plan {
     for (size_t i = 5; i < flat.size(); i += 5) {
       const Image image{flat[i], flat[i + 1], flat[i + 2], flat[i + 3], flat[i + 4], tokens, rows};
       STD_TORCH_CHECK(image.frames > 0 && image.height > 0 && image.width > 0 && image.budget > 0 &&
-                          image.budget <= image.count() && image.anchors <= image.budget,
-                      "plan: expected a budget of 1..", image.count(), " and no more anchors, got ", image.budget,
-                      " and ", image.anchors);
+                          image.budget <= image.count() && image.anchors >= 0 && image.anchors <= image.budget,
+                      "plan: expected a budget of 1..", image.count(), " and 0 to that many anchors, got ",
+                      image.budget, " and ", image.anchors);
       STD_TORCH_CHECK(image.count() <= std::numeric_limits<int32_t>::max(),  // keys are counted in their own type
                       "plan: expected fewer than 2**31 tokens an image, got ", image.count());
       tokens += image.count(), rows += image.budget;
@@ -121,10 +121,9 @@ HP_INLINE int64_t count_from(Key low, const Key* keys, int64_t n) {
 }
 
 // Gives the role to the k best tokens in the race, the lowest index first among equals; those that have one already
-// keep it. Returns how many tokens that were: k, or all in the race if they are fewer.
+// keep it. Where fewer than k are in the race, all of them win.
 template <class Key>
-HP_INLINE int64_t take_best(const Key* __restrict keys, int64_t n, int64_t k, uint8_t role, uint8_t* __restrict roles) {
-  if (k <= 0) return 0;
+HP_INLINE void take_best(const Key* __restrict keys, int64_t n, int64_t k, uint8_t role, uint8_t* __restrict roles) {
   using Unsigned = std::make_unsigned_t<Key>;
   constexpr Unsigned kFirst = Unsigned(kOut<Key>) + 1;  // of the race
   Unsigned smallest = ~Unsigned{0};
@@ -133,12 +132,11 @@ HP_INLINE int64_t take_best(const Key* __restrict keys, int64_t n, int64_t k, ui
     smallest = std::min(smallest, Unsigned(Unsigned(keys[i]) - kFirst));  // wraps for kOut: never the smallest
     high = std::max(high, keys[i]);
   }
-  if (high == kOut<Key>) return 0;
+  if (high == kOut<Key>) return;
   // From `low` on there are at least k keys (if there are so many), from `high` on fewer.
   Key low = static_cast<Key>(smallest + kFirst);
   ++high;
   int64_t from_low = count_from(low, keys, n), from_high = 0;
-  const int64_t taken = std::min(k, from_low);
   while (from_low > k) {
     const Key middle = static_cast<Key>(low + static_cast<Key>((Unsigned(high) - Unsigned(low)) / 2));
     if (middle == low) break;
@@ -152,7 +150,6 @@ HP_INLINE int64_t take_best(const Key* __restrict keys, int64_t n, int64_t k, ui
   int64_t equal = tie ? k - from_high : 0;
   for (int64_t i = 0; equal > 0; ++i)
     if (keys[i] == low) roles[i] = roles[i] == kDropped ? role : roles[i], --equal;
-  return taken;
 }
 
 // Makes the neighbours of token i, within its frame, buffers where they are free. Returns how many.
@@ -204,8 +201,8 @@ HP_INLINE void select_image(const Plan& plan, const Task<Score>& task) {
   const int64_t n = image.count();
   std::memset(task.roles, kDropped, n);
   rank(task.object, task.mask, task.roles, Score{0}, n, task.keys);
-  const int64_t anchors = take_best(task.keys, n, image.anchors, kAnchor, task.roles);
-  int64_t rest = image.budget - anchors;
+  take_best(task.keys, n, image.anchors, kAnchor, task.roles);
+  int64_t rest = image.budget - image.anchors;  // if there are fewer anchors, nobody is left for the rest
   if (plan.buffers) {
     const uint8_t *at = task.roles, *const end = at + n;
     while ((at = static_cast<const uint8_t*>(std::memchr(at, kAnchor, end - at))))
