@@ -39,6 +39,8 @@
 #include <utility>
 #include <vector>
 
+#include "instruction_sets.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -191,23 +193,6 @@ namespace avx512_bf16 {
 }  // namespace avx512_bf16
 HP_TARGET_END
 #endif
-
-enum InstructionSet : int64_t { kBase, kAvx2, kAvx512, kAvx512Bf16, kInstructionSets };
-
-// Bit i is set where instruction set i was compiled in and this processor has it.
-int64_t instruction_sets() {
-  int64_t sets = 1 << kBase;
-#if defined(__x86_64__)
-  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return sets;
-  sets |= 1 << kAvx2;  // every processor with AVX2 converts float16
-  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
-      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl"))
-    return sets;
-  sets |= 1 << kAvx512;
-  if (__builtin_cpu_supports("avx512bf16")) sets |= 1 << kAvx512Bf16;
-#endif
-  return sets;
-}
 
 template <class T>
 Kernels kernels_for(int64_t set) {

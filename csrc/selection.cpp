@@ -26,6 +26,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "instruction_sets.h"
+
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -233,16 +235,13 @@ __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void select_avx512
 }
 #endif
 
-enum InstructionSet : int64_t { kBase, kAvx2, kAvx512 };
-
 // The function for the best instruction set that this processor has, up to `most`.
 template <class Score>
 auto kernel_for(int64_t most) {
 #if defined(__x86_64__)
-  if (most >= kAvx512 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-    return &select_avx512<Score>;
-  if (most >= kAvx2 && __builtin_cpu_supports("avx2")) return &select_avx2<Score>;
+  const int64_t sets = instruction_sets();
+  if (most >= kAvx512 && sets >> kAvx512 & 1) return &select_avx512<Score>;
+  if (most >= kAvx2 && sets >> kAvx2 & 1) return &select_avx2<Score>;
 #endif
   return &select_base<Score>;
 }

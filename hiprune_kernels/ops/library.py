@@ -60,9 +60,9 @@ def kernel_status() -> list[KernelStatus]:
     """
     status = []
     if CPU_KERNELS:
-        best = _INSTRUCTION_SETS[torch.ops.hiprune._cpu_instruction_sets().bit_length() - 1]
-        status.append(KernelStatus("cpu", "attention", f"C++ ({best})", ""))
-        status.append(KernelStatus("cpu", "selection", "C++", ""))
+        best = torch.ops.hiprune._cpu_instruction_sets().bit_length() - 1
+        status.append(KernelStatus("cpu", "attention", f"C++ ({_INSTRUCTION_SETS[best]})", ""))
+        status.append(KernelStatus("cpu", "selection", f"C++ ({_INSTRUCTION_SETS[min(best, 2)]})", ""))  # has no BF16
     else:
         status += [KernelStatus("cpu", family, "PyTorch", NO_CPU_KERNELS) for family in ("attention", "selection")]
     if torch.cuda.is_available():
