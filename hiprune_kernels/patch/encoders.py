@@ -84,6 +84,7 @@ class ModelFamily:
     install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
     has_unpad: bool = False  # takes the option `unpad`
+    budget_per: str = "image"  # what `budget` counts the tokens of, for `hiprune info --models`
     notes: str = ""  # what `hiprune info --models` says of limits
 
 
