@@ -45,8 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         "size with random weights, whose choice of tokens means nothing"
     )
 
-    info = commands.add_parser("info", parents=[common], help="versions, devices and active kernels")
-    info.add_argument("--json", action="store_true", help="print JSON")
+    info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
+    info.add_argument("--models", action="store_true", help="rather: the models and encoders that are supported")
+    form = info.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print JSON")
+    form.add_argument("--markdown", action="store_true", help="with --models: print Markdown tables")
     info.set_defaults(run=_info)
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
@@ -116,6 +119,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _info(args: argparse.Namespace) -> None:
     from .environment import environment
 
+    if args.models:
+        _info_models(args)
+        return
+    if args.markdown:
+        raise ValueError("markdown: only the tables of --models have this form")
     found = environment()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -130,6 +138,40 @@ def _info(args: argparse.Namespace) -> None:
     for kernel in found["kernels"]:
         reason = f"  ({kernel['reason']})" if kernel["reason"] else ""
         print(f"  {kernel['device']:<6} {kernel['operators']:<10} {kernel['implementation']}{reason}")
+
+
+def _info_models(args: argparse.Namespace) -> None:
+    from .environment import supported_models
+
+    found = supported_models()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return
+    models = [("model", "model type", "budget per", "object layer", "feature layer", "notes")]
+    for row in found["models"]:
+        layers = (f"{row[name]} of {row['layers']}" for name in ("object_layer", "feature_layer"))
+        models.append((row["name"], row["model_type"], row["budget_per"], *layers, row["notes"]))
+    encoders = [("encoder", "model type", "prefix tokens", "object layer", "notes")]
+    for row in found["encoders"]:
+        share = f"{row['object_share']:.3g} of the depth"
+        encoders.append((row["name"], row["model_type"], str(row["prefix_tokens"]), share, row["notes"]))
+    titles = (
+        "Models for `apply_hiprune`; layers as in transformers' default configuration of the type:",
+        "Vision encoders for `record_scores`, alone or inside a model:",
+    )
+    for i, (title, table) in enumerate(zip(titles, (models, encoders))):
+        lines = _markdown(table) if args.markdown else _aligned(table)
+        print(f"{chr(10) * (i > 0)}{title}{chr(10) * args.markdown}", *lines, sep="\n")
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    rows = [f"| {' | '.join(row)} |" for row in table]
+    return [rows[0], "|" + "---|" * len(table[0]), *rows[1:]]
+
+
+def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
 
 
 # --------------------------------------------------------------------------------------------------------------- prune

@@ -1,4 +1,4 @@
-"""Versions, devices and active kernels: what `hiprune info` prints, and every report states."""
+"""Versions, devices, active kernels and supported models: what `hiprune info` prints, and every report states."""
 
 from __future__ import annotations
 
@@ -28,6 +28,46 @@ def environment() -> dict[str, Any]:
         "devices": devices,
         "kernels": [status._asdict() for status in kernel_status()],
     }
+
+
+def supported_models() -> dict[str, list[dict[str, Any]]]:
+    """The tables of what can be patched ("models") and recorded ("encoders"), ready for JSON.
+
+    The layer numbers, 1-based, are those of transformers' default configuration of each model type.
+    """
+    from transformers import CONFIG_MAPPING, AutoModel
+
+    from .patch import FAMILIES
+    from .patch.towers import ENCODERS, find_encoder
+
+    models, encoders = [], []
+    for model_type, family in FAMILIES.items():
+        with torch.device("meta"):  # the shell of a model of real size: no memory, some milliseconds
+            host = family.host(AutoModel.from_config(CONFIG_MAPPING[model_type]()))
+        encoder_family, _, layers = find_encoder(family.encoders(host)[0])
+        feature_layer = family.feature_layer(host, {})
+        models.append(
+            {
+                "name": family.name,
+                "model_type": model_type,
+                "budget_per": family.budget_per,
+                "object_layer": encoder_family.default_object_layer(len(layers), feature_layer),
+                "feature_layer": feature_layer,
+                "layers": len(layers),
+                "notes": family.notes,
+            }
+        )
+    for model_type, family in ENCODERS.items():
+        encoders.append(
+            {
+                "name": family.name,
+                "model_type": model_type,
+                "prefix_tokens": family.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
+                "object_share": family.object_share,
+                "notes": family.notes,
+            }
+        )
+    return {"models": models, "encoders": encoders}
 
 
 def _version(package: str) -> str:

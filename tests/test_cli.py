@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
 import hiprune_kernels
-from hiprune_kernels import cli, loading, reference
+from hiprune_kernels import cli, loading, patch, reference
+from hiprune_kernels.patch.towers import ENCODERS
 from hiprune_kernels.visualize import ROLE_COLORS
 
 DEEP = 4  # of the tiny tower's 5 layers: the hidden state -2, as in LLaVA
@@ -258,6 +259,8 @@ def error_of(capsys, *arguments):
         (["prune", "PHOTO", "--json", "no/such/place.json"], "json: there is no directory 'no/such'"),
         (["prune", "PHOTO", "--model", "no/such/model"], "model: there is no directory 'no/such/model'"),
         (["prune", "PHOTO", "--model", "PHOTO"], "model: expected a directory or a hub id, got the file"),
+        (["info", "--markdown"], "markdown: only the tables of --models"),
+        (["info", "--models", "--json", "--markdown"], "not allowed with"),
         (["demo", "--threads", "0"], "threads: expected at least 1, got 0"),
     ],
 )
@@ -387,6 +390,36 @@ def test_info(capsys):
         line = next(x for x in text.splitlines() if x.split()[:2] == [kernel["device"], kernel["operators"]])
         assert kernel["implementation"] in line and kernel["reason"] in line
     assert all(device in text for device in found["devices"])
+
+
+MARKERS = "<!-- hiprune info --models --markdown -->\n", "<!-- end -->"  # around the tables in README.md
+UPDATE = """hiprune info --models --markdown > /tmp/t && sed -i -e '/^<!-- hiprune info/,/^<!-- end/{//!d}' -e '/^<!-- hiprune info/r /tmp/t' README.md"""
+
+
+def test_models_are_those_of_the_tables(capsys):
+    assert cli.main(["info", "--models", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["model_type"] for row in found["models"]] == list(patch.FAMILIES)
+    assert [row["model_type"] for row in found["encoders"]] == list(ENCODERS)
+    rows = {row["model_type"]: row for row in found["models"]}
+    llava = {"name": patch.FAMILIES["llava"].name, "budget_per": "image", "notes": patch.FAMILIES["llava"].notes}
+    layers = {"object_layer": 9, "feature_layer": 23, "layers": 24}  # the paper's, of CLIP-L
+    assert rows["llava"] == {**llava, **layers, "model_type": "llava"}
+    assert cli.main(["info", "--models"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if " llava " in line)
+    assert line.split() == f"{llava['name']} llava image 9 of 24 23 of 24 {llava['notes']}".split()
+    clip = next(row for row in found["encoders"] if row["model_type"] == "clip_vision_model")
+    assert (clip["prefix_tokens"], clip["object_share"]) == (1, 0.375)
+    assert sum(line.startswith("  CLIP ") and "0.375 of the depth" in line for line in lines) == 1
+
+
+def test_readme_has_the_table_of_models(capsys):
+    assert cli.main(["info", "--models", "--markdown"]) == 0
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    _, start, rest = readme.partition(MARKERS[0])
+    table, end, _ = rest.partition(MARKERS[1])
+    assert start and end and table == capsys.readouterr().out, f"update it by: {UPDATE}"
 
 
 def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):
