@@ -118,3 +118,11 @@ def batch(rows: list[list[int]], pixel_values: torch.Tensor | None = None, side:
         mask[i, place] = 1
     inputs = {"input_ids": ids, "attention_mask": mask}
     return inputs if pixel_values is None else {**inputs, "pixel_values": pixel_values}
+
+
+def _llava_case():
+    return tiny_llava(), batch([prompt(5, "image", 7), prompt(2, "image", 3, "image", 2, seed=1)], images(3))
+
+
+# One model of each family of vision-language models, with inputs: name -> () -> (model, inputs of two prompts)
+VLM_CASES = {"llava": _llava_case}

@@ -1,0 +1,202 @@
+"""What holds for every family of vision-language models alike: on and off, copies, files, dtypes, threads, bad input."""
+
+from __future__ import annotations
+
+import copy
+import threading
+
+import pytest
+import torch
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from models import IMAGE_TOKEN, VLM_CASES
+from patch_reference import one_thread  # noqa: F401
+
+from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, is_patched, last_selection, remove_hiprune
+
+SHARE = 0.3
+GREEDY = {"do_sample": False, "max_new_tokens": 4}
+
+
+@pytest.fixture(scope="module", params=VLM_CASES)
+def case(request):
+    """A stock model of the family, inputs with images for it, and what it gives with pruning."""
+    model, inputs = VLM_CASES[request.param]()
+    run(model, inputs, output_hidden_states=True)  # installs transformers' own hooks, once and for all
+    pruned = apply_hiprune(copy.deepcopy(model), retention=SHARE)
+    return model, inputs, run(pruned, inputs), tokens(pruned, inputs)
+
+
+def test_every_family_is_here():
+    """A family that is added comes with a case."""
+    covered = {VLM_CASES[name]()[0].config.model_type for name in VLM_CASES}
+    assert covered == set(FAMILIES) - set(bare.FAMILIES)
+
+
+def run(model, inputs, **changes):
+    with torch.no_grad():
+        return model(**{**inputs, **changes}).logits
+
+
+def tokens(model, inputs, **options):
+    """What `generate` adds to the prompt, without image tokens, which would be taken for images."""
+    config = model.config
+    visual = {getattr(config, name, None) for name in ("image_token_id", "video_token_id")} | {IMAGE_TOKEN}
+    options = {**GREEDY, "suppress_tokens": sorted(visual - {None}), **options}
+    return model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+
+
+def attributes(model):
+    return {name: set(module.__dict__) for name, module in model.named_modules()}
+
+
+def pixels_as(inputs, dtype):
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def test_on_and_off(case):
+    stock, inputs, pruned_logits, pruned_tokens = case
+    model = copy.deepcopy(stock)
+    before, stock_logits = attributes(model), run(stock, inputs)
+    assert pruned_logits.shape[1] < stock_logits.shape[1]
+    apply_hiprune(model, retention=0.6)
+    apply_hiprune(model, retention=SHARE)
+    assert torch.equal(run(model, inputs), pruned_logits) and torch.equal(tokens(model, inputs), pruned_tokens)
+    for selection in last_selection(model):
+        assert len(selection.indices) == int((selection.roles > 0).sum()) < len(selection.roles)
+        assert len(selection.roles) == torch.tensor(selection.grid).prod()
+    remove_hiprune(model)
+    assert not is_patched(model) and attributes(model) == before
+    assert torch.equal(run(model, inputs), stock_logits) and torch.equal(tokens(model, inputs), tokens(stock, inputs))
+
+
+def test_a_budget_for_everything_is_the_stock_model(case):
+    stock, inputs, _, _ = case
+    for options in ({"retention": 1.0}, {"budget": 100_000}):
+        model = apply_hiprune(copy.deepcopy(stock), **options)
+        assert torch.equal(run(model, inputs), run(stock, inputs))
+        assert torch.equal(tokens(model, inputs), tokens(stock, inputs))
+        assert all(bool((selection.roles == 3).all()) for selection in last_selection(model))
+        assert [len(s.indices) for s in last_selection(model)] == [len(s.roles) for s in last_selection(model)]
+
+
+def test_copies_and_files(case, tmp_path):
+    stock, inputs, pruned_logits, _ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    twin = copy.deepcopy(model)
+    remove_hiprune(model)
+    assert torch.equal(run(twin, inputs), pruned_logits) and torch.equal(run(model, inputs), run(stock, inputs))
+    twin.save_pretrained(tmp_path, max_shard_size="100KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert "hiprune" not in (tmp_path / "config.json").read_text()
+    loaded = type(stock).from_pretrained(tmp_path)
+    assert not is_patched(loaded) and torch.equal(run(loaded, inputs), run(stock, inputs))
+    assert torch.equal(run(apply_hiprune(loaded, retention=SHARE), inputs), pruned_logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(case, dtype):
+    """Selections may differ where scores are within rounding; counts and shapes may not."""
+    stock, inputs, pruned_logits, pruned_tokens = case
+    model = apply_hiprune(copy.deepcopy(stock).to(dtype), retention=SHARE)
+    logits = run(model, pixels_as(inputs, dtype))
+    assert logits.dtype == dtype and logits.shape == pruned_logits.shape and bool(logits.isfinite().all())
+    last = logits[:, -1].float() - pruned_logits[:, -1]
+    assert (
+        float(last.norm() / pruned_logits[:, -1].norm()) < 0.5
+    )  # the same answer, roughly: stock models differ so too
+    assert tokens(model, pixels_as(inputs, dtype)).shape == pruned_tokens.shape
+
+
+def test_compiled_language_model(case):
+    stock, inputs, pruned_logits, pruned_tokens = case
+    model = copy.deepcopy(stock)
+    language_model = model.model.language_model
+    language_model.forward = torch.compile(language_model.forward, backend="eager", fullgraph=True)
+    apply_hiprune(model, retention=SHARE)
+    torch.testing.assert_close(run(model, inputs), pruned_logits, rtol=0, atol=5e-4)
+    assert torch.equal(tokens(model, inputs), pruned_tokens)
+
+
+@pytest.mark.parametrize("first", ["patch", "hooks"])
+def test_accelerate_hooks_in_either_order(case, first):
+    stock, inputs, pruned_logits, _ = case
+    model = copy.deepcopy(stock)
+    steps = [
+        lambda: apply_hiprune(model, retention=SHARE),
+        lambda: [add_hook_to_module(module, ModelHook()) for module in list(model.modules())],
+    ]
+    for step in steps if first == "patch" else reversed(steps):
+        step()
+    assert torch.equal(run(model, inputs), pruned_logits)
+    remove_hiprune(model)
+    assert torch.equal(run(model, inputs), run(stock, inputs))
+    remove_hook_from_module(model, recurse=True)
+    assert not any("hiprune" in key for module in model.modules() for key in module.__dict__)
+
+
+def test_threads(case):
+    """Two generations on one patched model, of which each holds the other up in every layer of the text model."""
+    stock, inputs, _, pruned_tokens = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    visual = {name: -value if value.is_floating_point() else value for name, value in inputs.items()}
+    expected = [pruned_tokens, tokens(model, visual)]
+    barrier, results, errors = threading.Barrier(2, timeout=30), {}, []
+
+    def meet(module, args, kwargs):
+        barrier.wait()
+
+    def work(i, job):
+        try:
+            results[i] = tokens(model, job)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    model.model.language_model.register_forward_pre_hook(meet, with_kwargs=True)
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate((inputs, visual))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert torch.equal(results[0], expected[0]) and torch.equal(results[1], expected[1])
+
+
+def test_a_failed_apply_leaves_the_model_as_it_was(case):
+    stock, inputs, pruned_logits, _ = case
+    for patched in (False, True):
+        model = copy.deepcopy(stock)
+        if patched:
+            apply_hiprune(model, retention=SHARE)
+        before = attributes(model)
+        for options, name in [
+            ({"budget": 0}, "budget"),
+            ({"retention": 1.5}, "retention"),
+            ({"budget": 4, "retention": 0.5}, "exactly one of budget and retention"),
+            ({"retention": 0.5, "object_layer": 99}, "object_layer"),
+            ({"retention": 0.5, "object_layer": 0}, "object_layer"),
+            ({"retention": 0.5, "unpad": "sideways"}, "unpad"),
+            ({"retention": 0.5, "rule": "official_qwen"}, "rule"),
+        ]:
+            with pytest.raises(ValueError, match=name):
+                apply_hiprune(model, **options)
+        assert attributes(model) == before and is_patched(model) == patched
+        assert torch.equal(run(model, inputs), pruned_logits if patched else run(stock, inputs))
+
+
+def test_what_a_pruned_forward_refuses(case):
+    stock, inputs, _, _ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    with pytest.raises(ValueError, match="labels: the logits of a pruned forward are shorter"):
+        run(model, inputs, labels=inputs["input_ids"])
+    with pytest.raises(ValueError, match="output_attentions: a pruned forward has no full attention maps"):
+        run(model, inputs, output_attentions=True)
+    with pytest.raises(ValueError, match="logits_to_keep: expected an int"):
+        run(model, inputs, logits_to_keep=torch.tensor([0]))
+    with pytest.raises(ValueError, match="prefill_chunk_size: images cannot be pruned"):
+        tokens(model, inputs, prefill_chunk_size=4)
+    model.train()
+    with pytest.raises(ValueError, match="model: pruning is for inference"):
+        run(model, inputs)
+    with pytest.raises(ValueError, match="expected a patched model"):
+        remove_hiprune(copy.deepcopy(stock))
