@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from transformers import (
     CLIPVisionConfig,
@@ -10,6 +12,15 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     PretrainedConfig,
+    PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 IMAGE_TOKEN = 90
@@ -126,3 +137,85 @@ def _llava_case():
 
 # One model of each family of vision-language models, with inputs: name -> () -> (model, inputs of two prompts)
 VLM_CASES = {"llava": _llava_case}
+
+
+# ------------------------------------------------------------------------------------------------------------- Qwen-VL
+
+VIDEO_TOKEN, VISION_START, VISION_END = 91, 92, 93
+QWEN_DEPTH = 4
+_QWEN_CLASSES = {
+    "qwen2": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
+    "qwen2.5": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
+    "qwen3": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
+    "qwen3 moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+}
+_QWEN_VISION = {
+    "qwen2": {"embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2},
+    "qwen2.5": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48, "window_size": 16},
+    "qwen3": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48, "num_position_embeddings": 25},
+}
+
+
+def tiny_qwen(kind: str, seed: int = 0, implementation: str = "sdpa", **vision) -> PreTrainedModel:
+    """A Qwen-VL ("qwen2", "qwen2.5", "qwen3", "qwen3 moe") with patches of 4 pixels, windows of 2 x 2 tokens."""
+    torch.manual_seed(seed)
+    config_class, model_class = _QWEN_CLASSES[kind]
+    common = {"depth": QWEN_DEPTH, "num_heads": 4, "patch_size": 4, "initializer_range": 0.2}
+    if kind == "qwen2.5":
+        common["fullatt_block_indexes"] = [1, 3]
+    if kind.startswith("qwen3"):
+        common["deepstack_visual_indexes"] = [0, 2]
+    text = tiny_text_config().to_dict()
+    text = {name: text[name] for name in _QWEN_TEXT}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
+    if kind == "qwen3 moe":
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+    config = config_class(
+        vision_config={**common, **_QWEN_VISION[kind.removesuffix(" moe")], **vision},
+        text_config={**text, "hidden_size": 48, "head_dim": 12, "rope_parameters": rope},
+        image_token_id=IMAGE_TOKEN,
+        video_token_id=VIDEO_TOKEN,
+        vision_start_token_id=VISION_START,
+        vision_end_token_id=VISION_END,
+    )
+    model = model_class._from_config(config, attn_implementation=implementation).eval()
+    for block in model.model.visual.blocks:
+        rows = block.attn.qkv.weight.shape[1]  # the queries'
+        block.attn.qkv.weight.data[:rows].mul_(3)
+    return model
+
+
+_QWEN_TEXT = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("vocab_size", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range"),
+)
+
+
+def qwen_prompt(kind: str, *parts: int | tuple[int, ...], seed: int = 0) -> list[int]:
+    """Token ids: an int is that many random text tokens, (h, w) an image of so many tokens, (t, h, w) a video."""
+    generator = torch.Generator().manual_seed(seed)
+    ids: list[int] = []
+    for part in parts:
+        if isinstance(part, int):
+            ids += torch.randint(2, 89, (part,), generator=generator).tolist()
+            continue
+        token, count = (IMAGE_TOKEN, part[0] * part[1]) if len(part) == 2 else (VIDEO_TOKEN, part[-2] * part[-1])
+        frames, count = (part[0], count) if kind.startswith("qwen3") and len(part) == 3 else (1, math.prod(part))
+        for frame in range(frames):  # Qwen3-VL puts a time stamp before each
+            ids += [10 + frame] * (frames > 1) + [VISION_START] + [token] * count + [VISION_END]
+    return ids
+
+
+def qwen_batch(kind: str, rows: list[tuple], side: str = "left", seed: int = 0) -> dict:
+    """Processor-like inputs of prompts given as in `qwen_prompt`."""
+    inputs = batch([qwen_prompt(kind, *row, seed=seed + i) for i, row in enumerate(rows)], side=side)
+    ids = inputs["input_ids"]
+    inputs["mm_token_type_ids"] = ((ids == IMAGE_TOKEN) + 2 * (ids == VIDEO_TOKEN)).int()
+    generator = torch.Generator().manual_seed(seed)
+    for sides, pixels, grids in ((2, "pixel_values", "image_grid_thw"), (3, "pixel_values_videos", "video_grid_thw")):
+        shown = [part for row in rows for part in row if not isinstance(part, int) and len(part) == sides]
+        if shown:
+            inputs[grids] = torch.tensor([((1, *part)[-3], 2 * part[-2], 2 * part[-1]) for part in shown])
+            patches = int(inputs[grids].prod(dim=1).sum())
+            inputs[pixels] = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
+    return inputs

@@ -455,7 +455,7 @@ def test_unsupported_models(model):
     with pytest.raises(ValueError, match="not; call apply_hiprune"):
         last_selection(model)
     assert not is_patched(model) and not is_patched(torch.nn.Linear(2, 2))
-    assert set(FAMILIES) == {"clip_vision_model", "llava"}
+    assert set(FAMILIES) >= {"clip_vision_model", "llava"}
 
 
 def test_unsupported_parts():

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from . import bare, llava
+from . import bare, llava, qwen_vl
 from .attention import refuse_tapped, tap_attention
 from .decoder import install_decoder
 from .encoders import (
@@ -46,7 +46,7 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
-FAMILIES = {**bare.FAMILIES, **llava.FAMILIES}  # config.model_type -> family
+FAMILIES = {**bare.FAMILIES, **llava.FAMILIES, **qwen_vl.FAMILIES}  # config.model_type -> family
 
 
 def _family(model: nn.Module) -> ModelFamily:

@@ -32,6 +32,7 @@ class Plan:
     dropped: Tensor  # [B, 1] int64: visual tokens dropped; position ids behind them shift by as many
     gone: int  # full length minus cache length
     padded: bool  # whether any slot is not valid
+    multimodal: bool  # position ids tell places in images, see `_compact`
 
     def rows(self, batch: int) -> Plan:
         """This plan for a batch whose rows were repeated since, as `Cache.batch_repeat_interleave` does."""
@@ -43,7 +44,7 @@ class Plan:
         if repeats == 1:
             return self
         tensors = (x.repeat_interleave(repeats, dim=0) for x in (self.source, self.valid, self.dropped))
-        return Plan(*tensors, self.gone, self.padded)
+        return Plan(*tensors, self.gone, self.padded, self.multimodal)
 
     def cache_mask(self, mask: Any, seen: int, new: int) -> Any:
         """The caller's mask in cache coordinates, for `seen` slots in the cache and `new` tokens behind them.
@@ -69,6 +70,16 @@ class Plan:
                 f"{self.gone} pruned away, {new} new), got {list(mask.shape)}"
             )
         return torch.cat([head * valid.to(mask.dtype), tail], dim=1)
+
+    def text_positions(self, mask: Any, seen: int, new: int) -> Tensor:
+        """Full positions [B or 1, new] of `new` tokens behind `seen` slots, padding not counted, as stock counts them.
+
+        Of a caller without a mask every column counts.
+        """
+        mask = self.cache_mask(mask, seen, new)
+        if mask is None:
+            return torch.arange(seen + self.gone, seen + self.gone + new, device=self.dropped.device)[None]
+        return (mask.long().cumsum(dim=1) - 1)[:, -new:] + self.dropped.to(mask.device)
 
 
 def _seen(cache: Any) -> int:
@@ -107,7 +118,7 @@ def _keep_mask(call: Call) -> Tensor:
     return keep
 
 
-def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dict[str, Any], Plan]:
+def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool) -> tuple[dict[str, Any], Plan]:
     """The language model's arguments without the tokens where `keep` [B, Q] is False, and the plan for what follows."""
     embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     batch, length = keep.shape
@@ -116,7 +127,7 @@ def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dic
     seen = _seen(kwargs.get("past_key_values"))
     if plan is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
-        plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False)
+        plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal)
     start = seen + plan.gone  # full position of the first new token
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, start + length)):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
@@ -141,11 +152,13 @@ def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dic
         dropped=plan.dropped + dropped_before[:, -1:],
         gone=plan.gone + length - remaining,
         padded=plan.padded or not bool(valid.all()),
+        multimodal=multimodal,
     )
+    positions = _compact(positions, plan.dropped + dropped_before, multimodal)
     pruned = {
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "attention_mask": new_plan.cache_mask(mask, seen + remaining, 0),
-        "position_ids": _compact(positions, plan.dropped + dropped_before).gather(-1, _like(positions, index)),
+        "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
     }
     if kwargs.get("visual_pos_masks") is not None:  # deepstack: visual features added in the first layers
         visual = kwargs["visual_pos_masks"].to(device)
@@ -155,21 +168,19 @@ def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any]) -> tuple[dic
     return {**kwargs, **pruned}, new_plan
 
 
-def _compact(positions: Tensor, dropped: Tensor) -> Tensor:
+def _compact(positions: Tensor, dropped: Tensor, multimodal: bool) -> Tensor:
     """Position ids [B, L] with each token moved up by the `dropped` [B, L] or [B, 1] visual tokens before it.
 
-    Multimodal ids [3, B, L] stay: they tell where in the image a token lies. Of [4, B, L] the first row is text order.
+    Multimodal ids [1 or 3, B, L] stay: they tell where in the image a token lies; [B, L] stand for [1, B, L] there. Of
+    [4, B, L] the first row is text order; it must have no gaps, or stock takes them for ends of packed sequences.
     """
-    if positions.ndim == 2:
+    if not multimodal:
         return positions - dropped
-    if len(positions) == 3:
+    if positions.ndim == 2:
+        return positions[None]
+    if len(positions) < 4:
         return positions
     return torch.cat([(positions[0] - dropped)[None], positions[1:]])
-
-
-def _like(positions: Tensor, index: Tensor) -> Tensor:
-    """`index` [B, K] for every row of `positions`."""
-    return index if positions.ndim == 2 else index.expand(len(positions), -1, -1)
 
 
 def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
         start = seen + plan.gone
         positions = torch.arange(start, start + new, device=plan.dropped.device)[None]
     mask = plan.cache_mask(kwargs.get("attention_mask"), seen, new)
-    return {**kwargs, "attention_mask": mask, "position_ids": _compact(positions, plan.dropped)}
+    return {**kwargs, "attention_mask": mask, "position_ids": _compact(positions, plan.dropped, plan.multimodal)}
 
 
 def prune_inputs(
@@ -191,7 +202,7 @@ def prune_inputs(
     plan = live_plan(kwargs.get("past_key_values"))
     call = current_call("language_model", module)
     if call is not None and call.prunes:
-        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs)
+        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions)
         return args, kwargs
     return None if plan is None else (args, _translate(plan, kwargs))
 

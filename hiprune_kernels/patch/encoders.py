@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from .. import ops
-from ..budget import ROLE_NAMES, tile_budget
+from ..budget import ROLE_NAMES, tile_budgets
 from .attention import Attention
 from .edits import Edits
 from .towers import EncoderFamily, Grid
@@ -54,12 +54,13 @@ class Selection(NamedTuple):
     Attributes:
         indices: [k] int64, ascending: the kept tokens, counted in raster order without prefix tokens, tile by tile.
         roles: [N] uint8: 0 dropped, 1 anchor, 2 buffer, 3 register.
-        grid: (height, width) of the token grid; (tiles or frames, height, width) where there are several.
+        grid: (height, width) of the token grid; (tiles or frames, height, width) where there are several; a tuple of
+            grids where those differ, as where a model brings the features of many tiles to a smaller common grid.
     """
 
     indices: Tensor
     roles: Tensor
-    grid: Grid
+    grid: Grid | tuple[Grid, ...]
 
 
 @dataclass(frozen=True)
@@ -72,17 +73,15 @@ class ModelFamily:
     feature_layer: Callable[[nn.Module, dict[str, Any]], int]  # (host, its forward's arguments) -> 1-based layer
     check: Callable[[nn.Module], None] = lambda host: None  # raises if this host is not supported
     check_call: Callable[[Call], None] = lambda call: None  # raises for what a pruned forward cannot give
-    tiles: Callable[[Call, EncoderRun], list[int]] = lambda call, run: [1] * len(run.grids)
-    # ^ how many tiles (or frames) of a run belong to each image (or video)
-    candidates: Callable[[Call, EncoderRun], Tensor | None] = lambda call, run: None
-    # ^ bool [T] on the CPU: False takes a token out before the selection
-    late: Callable[[Call, EncoderRun], bool] = lambda call, run: False  # selects after the features are finished
+    layout: Callable[[Call, EncoderRun], None] = lambda call, run: None
+    # ^ sets what lies between a run's tokens and the prompt: its `tiles`, `places`, `pool` (and, with that, `grids`)
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    kept: Callable[[Call], list[tuple[int, Tensor]]] = lambda call: []
+    kept: Callable[[Call], list[tuple[int, Tensor]]] = lambda call: _kept_placeholders(call)
     # ^ per kind of placeholder: its token id, and in order of the prompt which of them stay, bool
     install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
+    multimodal_positions: bool = False  # M-RoPE: position ids of the language model tell places in images
     has_unpad: bool = False  # takes the option `unpad`
     budget_per: str = "image"  # what `budget` counts the tokens of, for `hiprune info --models`
     notes: str = ""  # what `hiprune info --models` says of limits
@@ -138,12 +137,17 @@ class EncoderRun:
 
     tower: Tower
     grids: list[Grid]  # of the tiles
-    tiles: list[int] = field(default_factory=list)  # how many of them each image has
+    tiles: list[int]  # how many of them (or frames) each image (or video) has
+    video: bool = False  # of videos, not of images
     budgets: list[int] = field(default_factory=list)  # of the tiles
+    places: Tensor | None = None  # [P] on the CPU: the token of each placeholder in the prompt, -1 for one that stays
+    pool: Callable[[Tensor], Tensor] | None = None
+    # ^ where the language model's tokens are mixtures of the encoder's: scores of the latter -> scores of the former.
+    # Selected are the former then, they are counted in T and have the grids; the features are computed for all.
     unit_rows: Tensor | None = None  # [T, G], see EncoderFamily
     candidates: Tensor | None = None  # [T] bool
     whole: bool = False  # every token stays: the forward is stock
-    late: bool = False  # the features are computed for all tokens, and selected afterwards
+    filled: bool = True  # sizes alone tell that no index is -1
     object_scores: Tensor | None = None  # [T]
     deep_scores: Tensor | None = None  # [T]
     indices: Tensor | None = None  # [sum of budgets], counted in T; -1 where a budget could not be filled
@@ -156,8 +160,10 @@ class EncoderRun:
         return [math.prod(grid) for grid in self.grids]
 
     def kept(self) -> Tensor:
-        """Which rows behind the connector stay, bool, tile by tile: prefix rows that went through it, then tokens."""
+        """Which placeholders stay, bool; tile by tile: prefix rows that went through the connector, then tokens."""
         kept = self.roles > 0
+        if self.places is not None:
+            return torch.cat([kept, kept.new_ones(1)])[self.places.to(kept.device)]
         if self.connector_prefix == 0:
             return kept
         kept = kept.view(len(self.grids), -1)
@@ -185,6 +191,11 @@ def current_call(part: str, module: nn.Module) -> Call | None:
     """The open call, if `module` is this part ("connector" or "language_model") of its host."""
     call = _CALL.get()
     return call if call is not None and getattr(call.patch.family, part)(call.patch.host) is module else None
+
+
+def _kept_placeholders(call: Call) -> list[tuple[int, Tensor]]:
+    config = call.patch.host.config
+    return [(config.video_token_id if run.video else config.image_token_id, run.kept()) for run in call.runs]
 
 
 def _current_run(module: nn.Module) -> EncoderRun | None:
@@ -228,14 +239,20 @@ def _selections(run: EncoderRun) -> list[Selection]:
     """What was kept of each image of a run."""
     selections, tile, token, row = [], 0, 0, 0
     for count in run.tiles:
-        grid = run.grids[tile] if count == 1 else (count, *run.grids[tile])
+        grid = _common_grid(run.grids[tile : tile + count])
         tokens, rows = sum(run.sizes[tile : tile + count]), sum(run.budgets[tile : tile + count])
         indices = run.indices[row : row + rows]
-        if not _fills_budgets(run):
+        if not run.filled:
             indices = indices[indices >= 0]
         selections.append(Selection(indices - token, run.roles[token : token + tokens], grid))
         tile, token, row = tile + count, token + tokens, row + rows
     return selections
+
+
+def _common_grid(grids: list[Grid]) -> Grid | tuple[Grid, ...]:
+    if len(grids) == 1:
+        return grids[0]
+    return tuple(grids) if len(set(grids)) > 1 else (len(grids), *grids[0])
 
 
 # ---------------------------------------------------------------------------------------------------- an encoder's run
@@ -253,12 +270,13 @@ def encoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRun:
     """How many tokens of which images will stay; raises for what a pruned forward cannot give."""
     patch, settings = call.patch, call.patch.settings
-    run = EncoderRun(tower, tower.family.grids(tower.config, arguments))
-    run.tiles = patch.family.tiles(call, run)
+    grids = tower.family.grids(tower.config, arguments)
+    run = EncoderRun(tower, grids, [1] * len(grids), _of_videos(call))
+    patch.family.layout(call, run)
     sizes, tile = run.sizes, 0
     for count in run.tiles:
-        budget = tile_budget(sizes[tile], count, budget=settings.budget, retention=settings.retention)
-        run.budgets += [budget] * count
+        shared = sizes[tile : tile + count]
+        run.budgets += tile_budgets(shared, budget=settings.budget, retention=settings.retention)
         tile += count
     device = next(tower.encoder.parameters()).device
     if run.budgets == sizes:  # nothing is selected, so every token counts as a register
@@ -277,19 +295,30 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
             f"asks for layer {layer}; set it in the config and apply again"
         )
     patch.family.check_call(call)
-    candidates = patch.family.candidates(call, run)
-    if candidates is not None:
-        counts = [int(part.sum()) for part in candidates.split(sizes)]
-        run.budgets = [max(1, min(budget, count)) for budget, count in zip(run.budgets, counts)]
-        run.candidates = candidates
+    run.filled = settings.rule != "official" or tower.family.official_rule != "official_qwen"
+    if run.places is not None and settings.unpad != "after":
+        _take_out_padding(run)
     run.unit_rows = tower.family.unit_rows(tower.config, arguments)
-    run.late = patch.family.late(call, run)
     return run
 
 
-def _fills_budgets(run: EncoderRun) -> bool:
-    """Whether sizes alone tell that no index is -1."""
-    return run.whole or (run.candidates is None and run.tower.family.official_rule != "official_qwen")
+def _of_videos(call: Call) -> bool:
+    """Whether the run that begins is one of videos. Stock code takes the arguments with pixels in their order."""
+    named = [name for name in call.patch.argument_names if name.startswith("pixel_values")]
+    given = [name for name in named if call.arguments.get(name) is not None]
+    return len(call.runs) < len(given) and given[len(call.runs)].endswith("videos")
+
+
+def _take_out_padding(run: EncoderRun) -> None:
+    """Tokens that never reach the prompt are no candidates."""
+    candidates = torch.zeros(sum(run.sizes), dtype=torch.bool)
+    candidates[run.places[run.places >= 0]] = True
+    if bool(candidates.all()):
+        return
+    counts = [int(part.sum()) for part in candidates.split(run.sizes)]
+    run.budgets = [max(1, min(budget, count)) for budget, count in zip(run.budgets, counts)]
+    run.candidates = candidates
+    run.filled = run.filled and min(counts) > 0
 
 
 # --------------------------------------------------------------------------------------------------- the object layer
@@ -302,21 +331,24 @@ def object_listener(
     run = _current_run(module)
     if run is None:
         return stock()
-    if _CALL.get().patch.settings.score_queries == "cls":
-        run.object_scores = token_scores(run, attention.column_scores("cls"))
+    settings = _CALL.get().patch.settings
+    if settings.score_queries == "cls":
+        run.object_scores = token_scores(run, settings, attention.column_scores("cls"))
         return stock()
     output, scores = attention.output_and_scores()
-    run.object_scores = token_scores(run, scores)
+    run.object_scores = token_scores(run, settings, scores)
     return output, None
 
 
-def token_scores(run: EncoderRun, scores: Tensor) -> Tensor:
+def token_scores(run: EncoderRun, settings: Settings, scores: Tensor) -> Tensor:
     """Scores of an encoder's rows, [B, prefix + N] or [R], as scores of tokens, [T]: the means over their rows."""
     if scores.ndim == 2:
+        if settings.rule == "official" and run.tower.family.official_means and settings.score_queries == "all":
+            scores = scores / scores.shape[1]
         scores = scores[:, run.tower.num_prefix_tokens :]
     if run.unit_rows is not None:
         scores = scores[..., run.unit_rows.to(scores.device)].mean(dim=-1)
-    return scores.flatten()
+    return scores.flatten() if run.pool is None else run.pool(scores.flatten())
 
 
 # --------------------------------------------------------------------------------------------------- the feature layer
@@ -324,23 +356,16 @@ def token_scores(run: EncoderRun, scores: Tensor) -> Tensor:
 
 def select(run: EncoderRun, settings: Settings) -> None:
     """Algorithm 1 on a run's scores: sets `indices` and `roles`."""
-    object_scores, deep_scores = run.object_scores.to(run.deep_scores.device), run.deep_scores
-    rule, family = settings.rule, run.tower.family
-    if rule == "official":
-        rule = family.official_rule
-        if family.official_means:
-            group = 1 if run.unit_rows is None else run.unit_rows.shape[1]
-            queries = 1 if settings.score_queries == "cls" else run.sizes[0] * group + run.tower.num_prefix_tokens
-            object_scores, deep_scores = object_scores / queries, deep_scores / queries
+    device = run.deep_scores.device
     run.indices, run.roles = ops.select_tokens_varlen(
-        object_scores,
-        deep_scores,
+        run.object_scores.to(device),
+        run.deep_scores,
         grids=run.grids,
         budgets=run.budgets,
         alpha=settings.alpha,
-        rule=rule,
+        rule=run.tower.family.official_rule if settings.rule == "official" else settings.rule,
         neighborhood=settings.neighborhood,
-        candidate_mask=None if run.candidates is None else run.candidates.to(deep_scores.device),
+        candidate_mask=None if run.candidates is None else run.candidates.to(device),
         keep_roles=settings.keep_roles,
     )
 
@@ -354,7 +379,7 @@ def _tile_indices(run: EncoderRun) -> Tensor:
 
 def _packed_units(run: EncoderRun) -> Tensor:
     """Kept tokens in the order of a packed encoder's groups of rows: which groups, ascending, [K]."""
-    indices = run.indices if _fills_budgets(run) else run.indices[run.indices >= 0]
+    indices = run.indices if run.filled else run.indices[run.indices >= 0]
     first = run.unit_rows[indices, 0]
     return first.sort().values // run.unit_rows.shape[1]
 
@@ -390,12 +415,12 @@ def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
         return type(self).forward(self, hidden_states, *args, **kwargs)
     family, settings = run.tower.family, _CALL.get().patch.settings
     attention = family.project(self, hidden_states, *args, **kwargs)
-    run.deep_scores = token_scores(run, attention.column_scores(settings.score_queries))
+    run.deep_scores = token_scores(run, settings, attention.column_scores(settings.score_queries))
     if run.tower.object_layer == run.tower.feature_layer:
         run.object_scores = run.deep_scores
-    if run.late:
-        return type(self).forward(self, hidden_states, *args, **kwargs)
     select(run, settings)
+    if run.pool is not None:
+        return type(self).forward(self, hidden_states, *args, **kwargs)
     run.rows = rows = _select_rows(run)
     states = family.finish(self, gather_rows(hidden_states, rows), attention.output_rows(rows))
     if family.full_shape:
@@ -421,9 +446,9 @@ def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
     if run is None:
         return type(self).forward(self, features)
     family = run.tower.family
-    if run.whole or run.late:
+    if run.whole or run.pool is not None:
         projected = type(self).forward(self, features)
-        run.connector_prefix = 0 if family.packed else projected.shape[1] - run.sizes[0]
+        run.connector_prefix = 0 if family.packed or run.pool is not None else projected.shape[1] - run.sizes[0]
         return projected
     if family.packed:
         projected = type(self).forward(self, features)
@@ -435,7 +460,7 @@ def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
     projected = type(self).forward(self, features)
     run.connector_prefix = prefix = projected.shape[1] - tokens.shape[1]
     length = prefix + run.sizes[0]
-    filled = _fills_budgets(run) and len(set(run.budgets)) == 1
+    filled = run.filled and len(set(run.budgets)) == 1
     places = tokens if filled else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last
     places = with_prefix(places, prefix).to(projected.device)[..., None].expand_as(projected)
     shape = (len(projected), length if filled else length + 1, projected.shape[-1])

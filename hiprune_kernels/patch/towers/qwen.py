@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,23 +15,23 @@ from .family import EncoderFamily, Grid, residual
 
 
 def _grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
+    """Of merged tokens; a video has one more side, its frames."""
     merge = config.spatial_merge_size
-    return [(t, h // merge, w // merge) for t, h, w in arguments["grid_thw"].tolist()]
+    grids = [(t, h // merge, w // merge) for t, h, w in arguments["grid_thw"].tolist()]
+    return [grid if grid[0] > 1 else grid[1:] for grid in grids]
 
 
 def _unit_rows(config: Any, arguments: dict[str, Any]) -> Tensor:
-    """Patches come in merge groups: token t is made of rows 4 t to 4 t + 3."""
-    group = config.spatial_merge_size**2
+    """Patches come in merge groups: of 2 by 2, token t is made of rows 4 t to 4 t + 3."""
     grid_thw = arguments["grid_thw"]
-    return torch.arange(int(grid_thw.prod(dim=1).sum()), device=grid_thw.device).view(-1, group)
+    rows = torch.arange(int(grid_thw.prod(dim=1).sum()), device=grid_thw.device)
+    return rows.view(-1, config.spatial_merge_size**2)
 
 
 def _window_unit_rows(config: Any, arguments: dict[str, Any]) -> Tensor:
     """... and Qwen2.5-VL brings the groups into window order."""
-    window_index = arguments.get("window_index")
-    if window_index is None:
-        sizes = config.spatial_merge_size, config.window_size, config.patch_size
-        window_index, _ = get_vision_window_index(arguments["grid_thw"], *sizes)
+    sizes = config.spatial_merge_size, config.window_size, config.patch_size
+    window_index, _ = get_vision_window_index(arguments["grid_thw"], *sizes, kwargs=dict(arguments))
     rows = _unit_rows(config, arguments)
     return rows[window_index.to(rows.device).argsort()]
 
@@ -45,7 +46,7 @@ def _project(
     attention = layer.attn
     qkv = attention.qkv(layer.norm1(hidden_states)).unflatten(-1, (3, attention.num_heads, -1))
     query, key, value = qkv.unbind(1)  # [T, H, D]
-    rotate = inspect.getmodule(type(attention)).apply_rotary_pos_emb_vision
+    rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
     query, key = rotate(query, key, *position_embeddings)
     return Attention(query, key, value, attention.scaling, cu_seqlens=cu_seqlens.to(torch.int32))
 
@@ -54,20 +55,26 @@ def _finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
     return residual(layer, states, layer.attn.proj(attended), "norm2")
 
 
+_QWEN2 = EncoderFamily(
+    name="Qwen2-VL",
+    layers="blocks",
+    attention="attn",
+    project=_project,
+    finish=_finish,
+    grids=_grids,
+    unit_rows=_unit_rows,
+    packed=True,
+    object_share=16 / 32,
+    official_rule="official_qwen",
+    official_means=False,
+    stock_sources={"": "c68a8532e7df1519", "attn": "2afc2f9fa3ebd677"},
+)
+_QWEN3 = replace(_QWEN2, name="Qwen3-VL", stock_sources={"": "681e62f9206787af", "attn": "2afc2f9fa3ebd677"})
+
 # config.model_type of the vision encoder -> family
 FAMILIES = {
-    "qwen2_5_vl_vision": EncoderFamily(
-        name="Qwen2.5-VL",
-        layers="blocks",
-        attention="attn",
-        project=_project,
-        finish=_finish,
-        grids=_grids,
-        unit_rows=_window_unit_rows,
-        packed=True,
-        object_share=16 / 32,
-        official_rule="official_qwen",
-        official_means=False,
-        stock_sources={},
-    ),
+    "qwen2_vl_vision": _QWEN2,
+    "qwen2_5_vl_vision": replace(_QWEN3, name="Qwen2.5-VL", unit_rows=_window_unit_rows),
+    "qwen3_vl_vision": _QWEN3,
+    "qwen3_vl_moe_vision": replace(_QWEN3, name="Qwen3-VL-MoE"),
 }

@@ -1,0 +1,69 @@
+"""Qwen-VL: images and videos of any size packed in one sequence, a merger inside the encoder, M-RoPE positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from .decoder import live_plan
+from .edits import Edits
+from .encoders import Call, ModelFamily
+from .llava import llava_host
+
+
+def _check(host: nn.Module) -> None:
+    """Raise ValueError if features of the last block, which has selected rows only, are read before the merger."""
+    vision = host.config.vision_config
+    if any(index >= vision.depth - 1 for index in getattr(vision, "deepstack_visual_indexes", ())):
+        raise ValueError(
+            f"model: expected deepstack_visual_indexes below {vision.depth - 1}, as the last of {vision.depth} blocks "
+            f"computes the kept tokens only, got {list(vision.deepstack_visual_indexes)}"
+        )
+
+
+def _kept(call: Call) -> list[tuple[int, Tensor]]:
+    """Stock code runs the encoder for the images and then for the videos, where there are any."""
+    config = call.patch.host.config
+    token_ids = {"pixel_values": config.image_token_id, "pixel_values_videos": config.video_token_id}
+    given = [token_id for name, token_id in token_ids.items() if call.arguments.get(name) is not None]
+    return [(token_id, run.kept()) for token_id, run in zip(given, call.runs)]
+
+
+def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
+    """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
+    plan = live_plan(kwargs["past_key_values"])
+    if plan is None or self.rope_deltas is None:
+        return type(self).compute_3d_position_ids(self, **kwargs)
+    embeds = kwargs["inputs_embeds"]
+    batch, new = embeds.shape[:2]
+    text = plan.rows(batch).text_positions(kwargs["attention_mask"], kwargs["past_key_values"].get_seq_length(), new)
+    deltas = self.rope_deltas.repeat_interleave(batch // len(self.rope_deltas), dim=0)
+    return (text.to(embeds.device) + deltas.to(embeds.device)).expand(3, batch, new)
+
+
+def _install(edits: Edits, model: nn.Module, host: nn.Module) -> None:
+    edits.set_method(host, "compute_3d_position_ids", compute_3d_position_ids)
+
+
+_QWEN2 = ModelFamily(
+    name="Qwen2-VL (Qwen2VLForConditionalGeneration)",
+    host=llava_host,
+    check=_check,
+    encoders=lambda host: [host.visual],
+    feature_layer=lambda host, arguments: host.config.vision_config.depth,
+    connector=lambda host: host.visual.merger,
+    language_model=lambda host: host.language_model,
+    kept=_kept,
+    install=_install,
+    multimodal_positions=True,
+    budget_per="image or video",
+)
+
+FAMILIES = {
+    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": replace(_QWEN2, name="Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"),
+    "qwen3_vl": replace(_QWEN2, name="Qwen3-VL (Qwen3VLForConditionalGeneration)"),
+    "qwen3_vl_moe": replace(_QWEN2, name="Qwen3-VL-MoE (Qwen3VLMoeForConditionalGeneration)"),
+}
