@@ -50,26 +50,97 @@ def resolve_budget(num_tokens: int, *, budget: int | None = None, retention: flo
     return max(1, round(num_tokens * retention))
 
 
-def tile_budget(num_tokens: int, tiles: int, *, budget: int | None = None, retention: float | None = None) -> int:
+def tile_budgets(sizes: Sequence[int], *, budget: int | None = None, retention: float | None = None) -> list[int]:
     """Number of visual tokens kept in each tile (or frame) of an image (or video) that is cut into several.
 
     Args:
-        num_tokens: tokens of one tile.
-        tiles: how many tiles the image has, a downsized overview of the whole included.
-        budget: tokens to keep of the image, shared out equally: ``budget // tiles`` in each tile.
+        sizes: tokens of each tile.
+        budget: tokens to keep of the image, shared out in proportion to the tiles' tokens, rounded down:
+            ``budget // len(sizes)`` in each where they are equal.
         retention: share to keep of each tile.
 
     Raises:
-        ValueError, TypeError: as `resolve_budget`; also if the budget is smaller than the number of tiles.
+        ValueError, TypeError: as `resolve_budget`; also if the budget leaves a tile without a token.
 
     Example:
-        >>> tile_budget(576, 5, budget=640), tile_budget(576, 1, budget=192)
-        (128, 192)
+        >>> tile_budgets([576] * 5, budget=640), tile_budgets([576], budget=192), tile_budgets([729, 6480], budget=640)
+        ([128, 128, 128, 128, 128], [192], [64, 575])
     """
-    if isinstance(budget, int) and 0 < budget < tiles:
-        raise ValueError(f"budget: expected at least {tiles}, one token for each tile of the image, got {budget}")
-    share = budget // tiles if isinstance(budget, int) else budget
-    return resolve_budget(num_tokens, budget=share, retention=retention)
+    shares, total = [budget] * len(sizes), sum(sizes)
+    if isinstance(budget, int):
+        least = math.ceil(total / min(sizes))
+        if 0 < budget < least:
+            raise ValueError(f"budget: expected at least {least}, one token for each tile of the image, got {budget}")
+        shares = [budget * size // total for size in sizes]
+    return [resolve_budget(size, budget=share, retention=retention) for size, share in zip(sizes, shares)]
+
+
+def kept_anyres_tokens(
+    size: Sequence[int],
+    *,
+    pinpoints: Sequence[Sequence[int]],
+    tile_size: int,
+    patch_size: int,
+    max_tiles: int | None = None,
+    budget: int | None = None,
+    retention: float | None = None,
+) -> int:
+    """Number of placeholders that stay in the prompt for an image that LLaVA-NeXT or -OneVision cuts into tiles.
+
+    Newlines, which always stay, are counted. Right for ``unpad="before"``, with which nothing else than sizes decides.
+
+    Args:
+        size: (height, width) of the image in pixels.
+        pinpoints: the (height, width) that images are brought to, as `image_grid_pinpoints` of the model's config.
+        tile_size, patch_size: sides in pixels, as `image_size` and `patch_size` of the vision config.
+        max_tiles: the 9 of LLaVA-OneVision's "anyres_max_9": what is larger is interpolated; None for LLaVA-NeXT.
+        budget, retention: as `tile_budgets`.
+
+    Raises:
+        ValueError, TypeError: as `tile_budgets`.
+
+    Example:
+        >>> pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+        >>> kept_anyres_tokens((480, 640), pinpoints=pinpoints, tile_size=336, patch_size=14, budget=640)
+        676
+    """
+    side = tile_size // patch_size
+    height, width = (pixels // tile_size * side for pixels in _best_resolution(size, pinpoints))
+    top, left = _padding(size, height, width)
+    shown = height - 2 * top, width - 2 * left
+    ratio = math.sqrt(shown[0] * shown[1] / (max_tiles * side**2)) if max_tiles is not None else 0.0
+    if ratio > 1.1:
+        shown = int(shown[0] // ratio), int(shown[1] // ratio)
+        return sum(tile_budgets([side**2, shown[0] * shown[1]], budget=budget, retention=retention)) + shown[0]
+    tiles = 1 + height * width // side**2  # the first one shows the whole image
+    share = tile_budgets([side**2] * tiles, budget=budget, retention=retention)[0]
+    in_rows, in_columns = _shown_of_tiles(height, top, side), _shown_of_tiles(width, left, side)
+    return share + sum(min(share, rows * columns) for rows in in_rows for columns in in_columns) + shown[0]
+
+
+def _best_resolution(size: Sequence[int], pinpoints: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """As `select_best_resolution` of transformers: the most pixels of the image, then the least waste."""
+
+    def worth(resolution: Sequence[int]) -> tuple[int, int]:
+        scale = min(resolution[1] / size[1], resolution[0] / size[0])
+        effective = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
+        return effective, effective - resolution[0] * resolution[1]
+
+    best = max(pinpoints, key=worth)  # the first one of equals
+    return best[0], best[1]
+
+
+def _padding(size: Sequence[int], height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of tokens that `unpad_image` of transformers cuts off at each side of a height x width grid."""
+    if size[1] / size[0] > width / height:
+        return (height - int(round(size[0] * (width / size[1]), 7))) // 2, 0
+    return 0, (width - int(round(size[1] * (height / size[0]), 7))) // 2
+
+
+def _shown_of_tiles(length: int, padding: int, side: int) -> list[int]:
+    """How many of each tile's rows (or columns) are not padding, for tiles of `side` along `length`."""
+    starts = range(0, length, side)
+    return [len(range(max(padding, start), min(length - padding, start + side))) for start in starts]
 
 
 def check_selection_options(alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> None:

@@ -45,20 +45,31 @@ def vision_feature_layer(host: nn.Module, arguments: dict[str, Any]) -> int:
     return layer
 
 
-def _kept(call: Call) -> list[tuple[int, Tensor]]:
-    return [(call.patch.host.config.image_token_id, run.kept()) for run in call.runs]
+def rows_before_grid(call: Call) -> int:
+    """How many of an image's features are not of its grid; -1 where stock code takes the first of the grid off."""
+    dropped = argument(call.patch.host, call.arguments, "vision_feature_select_strategy") == "default"
+    return call.patch.towers[0].num_prefix_tokens - dropped
+
+
+def check_strategy(call: Call) -> None:
+    """Raise ValueError if stock code takes a token of the grid for a CLS token."""
+    if rows_before_grid(call) < 0:
+        tower = call.patch.towers[0].family.name
+        raise ValueError(f'vision_feature_select_strategy: expected "full", as {tower} has no CLS token, got "default"')
 
 
 def finish_llava(call: Call, output: Any) -> Any:
-    """`image_hidden_states` keeps the computed rows only."""
-    ((_, kept),) = call.patch.family.kept(call)
+    """`image_hidden_states` and `video_hidden_states` keep the rows that the language model saw only."""
+    kept = {"video_hidden_states" if run.video else "image_hidden_states": run.kept() for run in call.runs}
 
-    def computed(states: Tensor) -> Tensor:
-        return states.reshape(-1, states.shape[-1])[kept.to(states.device)]
+    def seen(states: Tensor, rows: Tensor) -> Tensor:
+        return states.reshape(-1, states.shape[-1])[rows.to(states.device)]
 
     if isinstance(output, tuple):
-        return (*output[:-1], computed(output[-1]))
-    output.image_hidden_states = computed(output.image_hidden_states)
+        first = len(output) - len(kept)
+        return (*output[:first], *(seen(states, rows) for states, rows in zip(output[first:], kept.values())))
+    for name, rows in kept.items():
+        setattr(output, name, seen(getattr(output, name), rows))
     return output
 
 
@@ -67,11 +78,11 @@ FAMILIES = {
         name="LLaVA-1.5 (LlavaForConditionalGeneration)",
         host=llava_host,
         check=check_parts,
+        check_call=check_strategy,
         encoders=lambda host: [host.vision_tower],
         feature_layer=vision_feature_layer,
         connector=lambda host: host.multi_modal_projector,
         language_model=lambda host: host.language_model,
-        kept=_kept,
         finish=finish_llava,
     ),
 }
