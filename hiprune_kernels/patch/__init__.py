@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from . import bare, llava, qwen_vl
+from . import bare, llava, llava_next, qwen_vl, video_llava
 from .attention import refuse_tapped, tap_attention
 from .decoder import install_decoder
 from .encoders import (
@@ -46,7 +46,13 @@ __all__ = [
 Model = TypeVar("Model", bound=nn.Module)
 
 
-FAMILIES = {**bare.FAMILIES, **llava.FAMILIES, **qwen_vl.FAMILIES}  # config.model_type -> family
+FAMILIES = {  # config.model_type -> family
+    **bare.FAMILIES,
+    **llava.FAMILIES,
+    **llava_next.FAMILIES,
+    **video_llava.FAMILIES,
+    **qwen_vl.FAMILIES,
+}
 
 
 def _family(model: nn.Module) -> ModelFamily:

@@ -36,8 +36,8 @@ def check_strategy(call: Call) -> None:
         tower = call.patch.towers[0]
         needed = '"default"' if tower.num_prefix_tokens else '"full"'
         raise ValueError(
-            f"vision_feature_select_strategy: expected {needed} for {tower.family.name}, as an image is put together of "
-            "the grids of its tiles, without CLS tokens"
+            f"vision_feature_select_strategy: expected {needed} for {tower.family.name}, as an image is put together "
+            "of the grids of its tiles, without CLS tokens"
         )
 
 
