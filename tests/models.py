@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from transformers import (
@@ -219,3 +220,11 @@ def qwen_batch(kind: str, rows: list[tuple], side: str = "left", seed: int = 0) 
             patches = int(inputs[grids].prod(dim=1).sum())
             inputs[pixels] = torch.randn(patches, 3 * 2 * 4 * 4, generator=generator)
     return inputs
+
+
+def _qwen_case(kind: str):
+    rows = [(3, (4, 6), 2, (2, 3, 4), 5), (4, (3, 3), 6)]
+    return tiny_qwen(kind), qwen_batch(kind, rows)
+
+
+VLM_CASES |= {kind: partial(_qwen_case, kind) for kind in _QWEN_CLASSES}

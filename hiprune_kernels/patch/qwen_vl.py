@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .decoder import live_plan
 from .edits import Edits
-from .encoders import Call, ModelFamily
+from .encoders import ModelFamily
 from .llava import llava_host
 
 
@@ -21,14 +21,6 @@ def _check(host: nn.Module) -> None:
             f"model: expected deepstack_visual_indexes below {vision.depth - 1}, as the last of {vision.depth} blocks "
             f"computes the kept tokens only, got {list(vision.deepstack_visual_indexes)}"
         )
-
-
-def _kept(call: Call) -> list[tuple[int, Tensor]]:
-    """Stock code runs the encoder for the images and then for the videos, where there are any."""
-    config = call.patch.host.config
-    token_ids = {"pixel_values": config.image_token_id, "pixel_values_videos": config.video_token_id}
-    given = [token_id for name, token_id in token_ids.items() if call.arguments.get(name) is not None]
-    return [(token_id, run.kept()) for token_id, run in zip(given, call.runs)]
 
 
 def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
@@ -55,7 +47,6 @@ _QWEN2 = ModelFamily(
     feature_layer=lambda host, arguments: host.config.vision_config.depth,
     connector=lambda host: host.visual.merger,
     language_model=lambda host: host.language_model,
-    kept=_kept,
     install=_install,
     multimodal_positions=True,
     budget_per="image or video",
