@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from . import bare, llava, llava_next, qwen_vl, video_llava
+from . import bare, llava, llava_next, llava_onevision, qwen_vl, video_llava
 from .attention import refuse_tapped, tap_attention
 from .decoder import install_decoder
 from .encoders import (
@@ -50,6 +50,7 @@ FAMILIES = {  # config.model_type -> family
     **bare.FAMILIES,
     **llava.FAMILIES,
     **llava_next.FAMILIES,
+    **llava_onevision.FAMILIES,
     **video_llava.FAMILIES,
     **qwen_vl.FAMILIES,
 }

@@ -37,4 +37,13 @@ FAMILIES = {
         num_prefix_tokens=lambda config: 1,
         stock_sources={"": "9c77f9ba2eeb4169", "self_attn": "45fb45ce967c253b"},
     ),
+    "siglip_vision_model": EncoderFamily(
+        name="SigLIP",
+        layers="layers",
+        attention="self_attn",
+        project=_clip_project,
+        finish=_clip_finish,
+        grids=image_grids,
+        stock_sources={"": "22f28409c86c589b", "self_attn": "66b32085cb786718"},
+    ),
 }
