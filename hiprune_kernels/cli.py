@@ -11,6 +11,7 @@ import json
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
@@ -170,8 +171,15 @@ def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table)]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table]
+    """The notes, the last column, stand below their row, since they may be long."""
+    cells = [row[:-1] for row in table]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = []
+    for row, (*_, notes) in zip(cells, table):
+        lines.append("  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+        if row is not cells[0]:
+            lines += textwrap.wrap(notes, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
 
 
 # --------------------------------------------------------------------------------------------------------------- prune

@@ -1,6 +1,7 @@
 """The `hiprune` command: results against independent ones, and every error as one line."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -396,6 +397,12 @@ MARKERS = "<!-- hiprune info --models --markdown -->\n", "<!-- end -->"  # aroun
 UPDATE = """hiprune info --models --markdown > /tmp/t && sed -i -e '/^<!-- hiprune info/,/^<!-- end/{//!d}' -e '/^<!-- hiprune info/r /tmp/t' README.md"""
 
 
+def paragraphs(lines):
+    """The notes, which stand below their lines, put together again."""
+    groups = itertools.groupby(lines, key=lambda line: line.startswith(" " * 6))
+    return [" ".join(line.strip() for line in group) for indented, group in groups if indented]
+
+
 def test_models_are_those_of_the_tables(capsys):
     assert cli.main(["info", "--models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -408,7 +415,8 @@ def test_models_are_those_of_the_tables(capsys):
     assert cli.main(["info", "--models"]) == 0
     lines = capsys.readouterr().out.splitlines()
     line = next(line for line in lines if " llava " in line)
-    assert line.split() == f"{llava['name']} llava image 9 of 24 23 of 24 {llava['notes']}".split()
+    assert line.split() == f"{llava['name']} llava image 9 of 24 23 of 24".split()
+    assert {row["notes"] for table in found.values() for row in table} - {""} <= set(paragraphs(lines))
     clip = next(row for row in found["encoders"] if row["model_type"] == "clip_vision_model")
     assert (clip["prefix_tokens"], clip["object_share"]) == (1, 0.375)
     assert sum(line.startswith("  CLIP ") and "0.375 of the depth" in line for line in lines) == 1
