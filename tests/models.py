@@ -12,19 +12,28 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     PretrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    SiglipVisionConfig,
+    VideoLlavaConfig,
+    VideoLlavaForConditionalGeneration,
 )
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-IMAGE_TOKEN = 90
+IMAGE_TOKEN, VIDEO_TOKEN = 90, 91
 GRID = (6, 6)
 NUM_TOKENS = 36
 DEPTH = 5
@@ -109,13 +118,14 @@ def images(count: int, seed: int = 0, size: int = 48) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(*parts: int | str, seed: int = 0, image_tokens: int = NUM_TOKENS) -> list[int]:
-    """Token ids: an int is that many random text tokens, "image" the placeholders of one image."""
+def prompt(*parts: int | str | list[int], seed: int = 0, image_tokens: int = NUM_TOKENS) -> list[int]:
+    """Token ids: an int is that many random text tokens, "image" the placeholders of one image, a list itself."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
     for part in parts:
-        text = () if part == "image" else torch.randint(2, 89, (part,), generator=generator).tolist()
-        ids += [IMAGE_TOKEN] * image_tokens if part == "image" else text
+        if isinstance(part, int):
+            part = torch.randint(2, 89, (part,), generator=generator).tolist()
+        ids += [IMAGE_TOKEN] * image_tokens if part == "image" else part
     return ids
 
 
@@ -140,9 +150,140 @@ def _llava_case():
 VLM_CASES = {"llava": _llava_case}
 
 
+# ------------------------------------------------------------------- LLaVA-NeXT, LLaVA-OneVision and Video-LLaVA
+
+PINPOINTS = [[48, 96], [96, 48], [96, 96], [144, 144]]  # tiles of 48 pixels
+
+
+def tiny_llava_next(
+    seed: int = 0, text: PretrainedConfig | None = None, **changes
+) -> LlavaNextForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = LlavaNextConfig(
+        vision_config=tiny_clip_config(),
+        text_config=text or tiny_text_config(),
+        image_token_index=IMAGE_TOKEN,
+        image_grid_pinpoints=PINPOINTS,
+        **changes,
+    )
+    model = LlavaNextForConditionalGeneration._from_config(config).eval()
+    _sharpen(model.model.vision_tower)
+    return model
+
+
+def tiny_onevision(seed: int = 0, **changes) -> LlavaOnevisionForConditionalGeneration:
+    """With a grid of 5 x 5 tokens, of which video frames become 3 x 3; images of more than 4 tiles are interpolated."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(**vision, image_size=48, patch_size=9, vision_use_head=False),
+        text_config=Qwen2Config(**{**tiny_text_config().to_dict(), "model_type": "qwen2"}),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=PINPOINTS,
+        **{"vision_aspect_ratio": "anyres_max_4", **changes},
+    )
+    model = LlavaOnevisionForConditionalGeneration._from_config(config).eval()
+    for parameter in model.model.vision_tower.encoder.parameters():  # SigLIP's own start is too small to be seen
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    torch.nn.init.normal_(model.model.vision_tower.embeddings.position_embedding.weight)
+    _sharpen(model.model.vision_tower)
+    return model
+
+
+def tiny_video_llava(seed: int = 0, **changes) -> VideoLlavaForConditionalGeneration:
+    torch.manual_seed(seed)
+    config = VideoLlavaConfig(
+        vision_config=tiny_clip_config(),
+        text_config=tiny_text_config(),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=VIDEO_TOKEN,
+        **changes,
+    )
+    model = VideoLlavaForConditionalGeneration._from_config(config).eval()
+    _sharpen(model.model.image_tower)
+    _sharpen(model.model.video_tower)
+    return model
+
+
+def anyres_batch(model: PreTrainedModel, rows: list[list], side: str = "left", seed: int = 0) -> dict:
+    """Processor-like inputs of models that cut images into tiles.
+
+    Of a row's parts an int is that many tokens of text, (height, width) an image, and "video" one of three frames.
+    Images with fewer tiles than others are padded with tiles of noise, which must not count.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    onevision = model.config.model_type == "llava_onevision"
+    ids, sizes, tiles, videos, counts = [], [], [], 0, []
+    for i, row in enumerate(rows):
+        images_of_row = [part for part in row if isinstance(part, tuple)]
+        several = onevision and len(images_of_row) > 1
+        for size in images_of_row:
+            sizes.append(size)
+            tiles.append(1 if several else image_size_to_num_patches(size, PINPOINTS, 48))
+        counts += [len(images_of_row)] if images_of_row else []
+        videos += row.count("video")
+        lengths = iter(anyres_lengths(model, sizes[len(sizes) - len(images_of_row) :], tiles[-len(images_of_row) :]))
+        parts = [[IMAGE_TOKEN] * next(lengths) if isinstance(part, tuple) else part for part in row]
+        parts = [[VIDEO_TOKEN] * (3 * 9 + 1) if part == "video" else part for part in parts]
+        ids.append(prompt(*parts, seed=seed + i))
+    inputs = batch(ids, side=side)
+    if sizes:
+        inputs["pixel_values"] = torch.randn(len(sizes), max(tiles), 3, 48, 48, generator=generator)
+        inputs["image_sizes"] = torch.tensor(sizes)
+        if onevision:
+            inputs["batch_num_images"] = torch.tensor(counts)
+    if videos:
+        inputs["pixel_values_videos"] = torch.randn(videos, 3, 3, 48, 48, generator=generator)
+    return inputs
+
+
+def anyres_lengths(model: PreTrainedModel, sizes: list[tuple[int, int]], tiles: list[int]) -> list[int]:
+    """How many placeholders images have, by the stock packing of their tiles."""
+    vision = model.config.vision_config
+    features = [torch.zeros(count, (vision.image_size // vision.patch_size) ** 2, 1) for count in tiles]
+    if model.config.model_type == "llava_next":
+        options = {"vision_feature_select_strategy": "default"}
+    else:
+        options = {"vision_aspect_ratio": model.config.vision_aspect_ratio}
+    return model.model.pack_image_features(features, sizes, image_newline=torch.zeros(1), **options)[1].tolist()
+
+
+def video_llava_batch(rows: list[list], frames: int = 2, side: str = "left", seed: int = 0) -> dict:
+    """Processor-like inputs of Video-LLaVA: of a row's parts an int is text, "image" and "video" are what they say."""
+    generator = torch.Generator().manual_seed(seed)
+    video = [VIDEO_TOKEN] * (NUM_TOKENS + 1) * frames
+    ids = [prompt(*(video if part == "video" else part for part in row), seed=seed + i) for i, row in enumerate(rows)]
+    inputs = batch(ids, side=side)
+    shown = [part for row in rows for part in row]
+    if "image" in shown:
+        inputs["pixel_values_images"] = torch.randn(shown.count("image"), 3, 48, 48, generator=generator)
+    if "video" in shown:
+        inputs["pixel_values_videos"] = torch.randn(shown.count("video"), frames, 3, 48, 48, generator=generator)
+    return inputs
+
+
+def _llava_next_case():
+    model = tiny_llava_next()
+    return model, anyres_batch(model, [[5, (40, 90), 7], [2, (90, 50), 3, (96, 90), 2]])
+
+
+def _onevision_case():
+    model = tiny_onevision()
+    return model, anyres_batch(model, [[5, (40, 90), 7, "video", 2], [2, (90, 50), 3, (96, 90), 2]])
+
+
+def _video_llava_case():
+    return tiny_video_llava(), video_llava_batch([[5, "image", 7], [2, "video", 3, "image", 2]])
+
+
+VLM_CASES |= {"next": _llava_next_case, "onevision": _onevision_case, "video llava": _video_llava_case}
+
+
 # ------------------------------------------------------------------------------------------------------------- Qwen-VL
 
-VIDEO_TOKEN, VISION_START, VISION_END = 91, 92, 93
+VISION_START, VISION_END = 92, 93
 QWEN_DEPTH = 4
 _QWEN_CLASSES = {
     "qwen2": (Qwen2VLConfig, Qwen2VLForConditionalGeneration),
