@@ -10,6 +10,7 @@ from models import IMAGE_TOKEN, NUM_TOKENS, batch, images, prompt, tiny_llava, t
 from patch_reference import (
     expected_selection,
     kept_features,
+    new_tokens,
     one_thread,  # noqa: F401
     pruned_rows,
     row_logits,
@@ -54,15 +55,6 @@ def reference_rows(stock, inputs, budget=BUDGET):
         stock.model.vision_tower, inputs["pixel_values"], budget, OBJECT_LAYER, FEATURE_LAYER
     )
     return pruned_rows(stock, inputs, kept_features(stock, inputs["pixel_values"], indices), indices)
-
-
-def new_tokens(model, inputs, **options):
-    """What `generate` adds; the caller's prompt must lead the returned sequences."""
-    sequences = model.generate(**inputs, **options)
-    length = inputs["input_ids"].shape[1]
-    repeats = len(sequences) // len(inputs["input_ids"])
-    assert torch.equal(sequences[:, :length], inputs["input_ids"].repeat_interleave(repeats, dim=0))
-    return sequences[:, length:]
 
 
 # ------------------------------------------------------------------------------------------------------------ prefill
