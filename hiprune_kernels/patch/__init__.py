@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from . import bare, llava, llava_next, llava_onevision, qwen_vl, video_llava
+from . import bare, internvl, llava, llava_next, llava_onevision, qwen_vl, video_llava
 from .attention import refuse_tapped, tap_attention
 from .decoder import install_decoder
 from .encoders import (
@@ -29,7 +29,7 @@ from .encoders import (
     skipped_layer_forward,
 )
 from .recording import LayerScores, record_scores
-from .towers import find_encoder, warn_unknown_sources
+from .towers import ENCODERS, find_encoder, warn_unknown_sources
 
 __all__ = [
     "FAMILIES",
@@ -53,6 +53,7 @@ FAMILIES = {  # config.model_type -> family
     **llava_onevision.FAMILIES,
     **video_llava.FAMILIES,
     **qwen_vl.FAMILIES,
+    **internvl.FAMILIES,
 }
 
 
@@ -60,9 +61,10 @@ def _family(model: nn.Module) -> ModelFamily:
     if not isinstance(model, PreTrainedModel):  # wrappers show the config of what they wrap: take no part for the whole
         raise TypeError(f"model: expected a transformers.PreTrainedModel, got {type(model).__name__}")
     if model.config.model_type not in FAMILIES:
+        encoder = ENCODERS.get(model.config.model_type)
         raise ValueError(
             f"model: expected a model of type {', '.join(FAMILIES)}, got {type(model).__name__} of type "
-            f"{model.config.model_type!r}"
+            f"{model.config.model_type!r}" + (f" ({encoder.notes})" if encoder is not None and encoder.notes else "")
         )
     return FAMILIES[model.config.model_type]
 

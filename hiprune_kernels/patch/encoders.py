@@ -74,7 +74,8 @@ class ModelFamily:
     check: Callable[[nn.Module], None] = lambda host: None  # raises if this host is not supported
     check_call: Callable[[Call], None] = lambda call: None  # raises for what a pruned forward cannot give
     layout: Callable[[Call, EncoderRun], None] = lambda call, run: None
-    # ^ sets what lies between a run's tokens and the prompt: its `tiles`, `places`, `pool` (and, with that, `grids`)
+    # ^ sets what lies between a run's tokens and the prompt: its `tiles`, `places`, `pool` or `unit_rows` (and, with
+    # those, `grids`)
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
     kept: Callable[[Call], list[tuple[int, Tensor]]] = lambda call: _kept_placeholders(call)
@@ -298,7 +299,8 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
     run.filled = settings.rule != "official" or tower.family.official_rule != "official_qwen"
     if run.places is not None and settings.unpad != "after":
         _take_out_padding(run)
-    run.unit_rows = tower.family.unit_rows(tower.config, arguments)
+    if run.unit_rows is None:
+        run.unit_rows = tower.family.unit_rows(tower.config, arguments)
     return run
 
 

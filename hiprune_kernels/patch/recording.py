@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .attention import Attention, refuse_tapped, tap_attention
 from .edits import Edits
-from .encoders import PATCH
-from .towers import find_encoder
+from .encoders import PATCH, bind, forward_names
+from .towers import EncoderFamily, find_encoder, locate_layers
 
 
 class LayerScores(dict[int, list[Tensor]]):
-    """Recorded column scores: 1-based layer -> one [B, prefix + N] float32 tensor per forward call.
+    """Recorded column scores: 1-based layer -> one float32 tensor per forward call, see `record_scores`.
 
     Attributes:
         num_prefix_tokens: how many leading columns belong to prefix tokens (CLS), not to the image's grid.
@@ -25,23 +28,57 @@ class LayerScores(dict[int, list[Tensor]]):
     num_prefix_tokens: int
 
 
-_RECORDING: ContextVar[tuple[LayerScores, ...]] = ContextVar("hiprune_recording", default=())
+@dataclass
+class _Recording:
+    """One open `record_scores`."""
+
+    scores: LayerScores
+    raster_rows: Tensor | None = None  # [T] of the forward that runs, for packed encoders
+
+    @property
+    def active(self) -> bool:
+        """Another thread's forward through the same modules is not part of this recording."""
+        return any(recording is self for recording in _RECORDING.get())
+
+
+_RECORDING: ContextVar[tuple[_Recording, ...]] = ContextVar("hiprune_recording", default=())
 
 
 @dataclass
 class _Recorder:
     """Listens to one layer's attention; the stock function computes the output."""
 
-    scores: LayerScores
+    recording: _Recording
     layer: int
 
     def __call__(
         self, module: nn.Module, attention: Attention, stock: Callable[[], tuple[Tensor, Tensor | None]]
     ) -> tuple[Tensor, Tensor | None]:
-        # Another thread's forward through the same modules is not part of this recording.
-        if any(active is self.scores for active in _RECORDING.get()):
-            self.scores[self.layer].append(attention.column_scores().detach())
+        if self.recording.active:
+            scores, rows = attention.column_scores().detach(), self.recording.raster_rows
+            self.recording.scores[self.layer].append(scores if rows is None else scores[rows])
         return stock()
+
+
+@dataclass
+class _SizesReader:
+    """Pre-hook of a packed encoder: only its arguments tell where the patches of its images are."""
+
+    recording: _Recording
+    family: EncoderFamily
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.recording.active:
+            arguments = bind(forward_names(module), args, kwargs)
+            self.recording.raster_rows = _raster_rows(self.family, module.config, arguments)
+
+
+def _raster_rows(family: EncoderFamily, config: Any, arguments: dict[str, Any]) -> Tensor:
+    """A packed encoder's rows [T] in raster order of the patches, image by image: merge groups and windows undone."""
+    unit_rows, grids = family.unit_rows(config, arguments), family.grids(config, arguments)
+    side = math.isqrt(unit_rows.shape[1])
+    images = zip(unit_rows.split([math.prod(grid) for grid in grids]), grids)
+    return torch.cat([rows.view(-1, *grid[-2:], side, side).transpose(2, 3).flatten() for rows, grid in images])
 
 
 @contextmanager
@@ -50,14 +87,23 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
 
     Outputs stay bit for bit what they are without recording. Only forwards of the current thread are recorded.
 
+    Scores are those of the attention that the encoder computes: in float32 within its rounding of the column sums of
+    eager attention. In bfloat16 and float16 they follow from the rounded queries and keys, and are not rounded further.
+
     Args:
         encoder: a supported vision encoder (`CLIPVisionModel`), the transformer inside it, or any model that holds one,
-            such as `LlavaForConditionalGeneration`.
+            such as `LlavaForConditionalGeneration`; of several encoders the first one is recorded.
         layers: 1-based layer numbers, or "all".
 
     Yields:
-        A dict from layer to a list with one tensor per forward call: [B, N] float32 with every key's column in raster
-        order, prefix tokens included (`scores.num_prefix_tokens` of them lead), detached.
+        A dict from layer to a list with one detached float32 tensor per forward call. It has every key's column in
+        raster order, prefix tokens included (`scores.num_prefix_tokens` of them lead):
+
+        - encoders of a batch of images or clips: [B, N], a clip's frames one after the other;
+        - encoders whose images are padded to one length (SigLIP 2 NaFlex): [B, N], with 0 in the columns of padding,
+          whose queries do not count either;
+        - encoders of packed images (Qwen-VL): [T], image after image and frame after frame, the patches of each row by
+          row, whatever the windows and merge groups that the encoder works in.
 
     Raises:
         TypeError: if `encoder` is not a module or a layer is not an int.
@@ -70,6 +116,7 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         torch.Size([1, 577])
     """
     family, config, modules = find_encoder(encoder)
+    _, inner = locate_layers(encoder)
     wanted = range(1, len(modules) + 1) if layers == "all" else layers
     if isinstance(wanted, (str, int)) or not all(isinstance(layer, int) for layer in wanted):
         raise TypeError(f'layers: expected "all" or a sequence of 1-based layer numbers, got {layers!r}')
@@ -81,14 +128,16 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         )
     attentions = [module.get_submodule(family.attention) for module in modules]
     refuse_tapped(attentions)
-    scores = LayerScores({layer: [] for layer in wanted})
-    scores.num_prefix_tokens = family.num_prefix_tokens(config)
+    recording = _Recording(LayerScores({layer: [] for layer in wanted}))
+    recording.scores.num_prefix_tokens = family.num_prefix_tokens(config)
     edits = Edits()
-    token = _RECORDING.set((*_RECORDING.get(), scores))
+    token = _RECORDING.set((*_RECORDING.get(), recording))
     try:
-        for layer in scores:
-            tap_attention(edits, attentions[layer - 1], _Recorder(scores, layer))
-        yield scores
+        if family.packed:
+            edits.add_hook(inner.register_forward_pre_hook(_SizesReader(recording, family), with_kwargs=True))
+        for layer in recording.scores:
+            tap_attention(edits, attentions[layer - 1], _Recorder(recording, layer))
+        yield recording.scores
     finally:
         _RECORDING.reset(token)
         edits.undo()

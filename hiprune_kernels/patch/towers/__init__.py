@@ -13,7 +13,15 @@ from torch import nn
 from . import qwen, vit
 from .family import EncoderFamily, Grid
 
-__all__ = ["ENCODERS", "EncoderFamily", "Grid", "find_encoder", "source_digest", "warn_unknown_sources"]
+__all__ = [
+    "ENCODERS",
+    "EncoderFamily",
+    "Grid",
+    "find_encoder",
+    "locate_layers",
+    "source_digest",
+    "warn_unknown_sources",
+]
 
 ENCODERS = {**vit.FAMILIES, **qwen.FAMILIES}  # config.model_type of the vision encoder -> family
 
@@ -25,13 +33,24 @@ def find_encoder(model: nn.Module) -> tuple[EncoderFamily, Any, list[nn.Module]]
         TypeError: if `model` is not a module.
         ValueError: if there is no supported encoder.
     """
+    family, module = locate_layers(model)
+    return family, module.config, list(module.get_submodule(family.layers))
+
+
+def locate_layers(model: nn.Module) -> tuple[EncoderFamily, nn.Module]:
+    """Family of the vision encoder that `find_encoder` finds, and the module right above its layers.
+
+    Raises:
+        TypeError, ValueError: as `find_encoder`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        config = getattr(module, "config", None)
-        family = ENCODERS.get(getattr(config, "model_type", None))
-        if family is not None and isinstance(layers := _descend(module, family.layers), nn.ModuleList):
-            return family, config, list(layers)
+        family = ENCODERS.get(getattr(getattr(module, "config", None), "model_type", None))
+        if family is None or type(module).__name__ in family.not_in:
+            continue
+        if isinstance(_descend(module, family.layers), nn.ModuleList):
+            return family, module
     raise ValueError(f"model: found no supported vision encoder ({', '.join(ENCODERS)}) in {type(model).__name__}")
 
 

@@ -1,13 +1,21 @@
-"""Encoders whose images form a batch [B, N, C]: CLIP."""
+"""Encoders whose images form a batch [B, N, C]: CLIP, SigLIP, ViT, DeiT, DINOv2, V-JEPA 2, InternVL."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..attention import Attention, padding_mask, split_heads
-from .family import EncoderFamily, image_grids, residual
+from .family import EncoderFamily, Grid, image_grids, residual
+
+
+def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> Iterator[Tensor]:
+    """What the attention's projections of these names make of states [B, N, C], by heads: [B, H, N, D] each."""
+    return (split_heads(getattr(attention, name)(states), head_dim) for name in names)
+
 
 # ------------------------------------------------------------------------------------------- CLIP, SigLIP and SigLIP 2
 
@@ -16,34 +24,166 @@ def _clip_project(
     layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Attention:
     attention, normed = layer.self_attn, layer.layer_norm1(hidden_states)
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    query, key, value = (split_heads(projection(normed), attention.head_dim) for projection in projections)
-    return Attention(query, key, value, attention.scale, padding_mask(attention_mask))
+    heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
+    return Attention(*heads, attention.scale, padding_mask(attention_mask))
 
 
 def _clip_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
     return residual(layer, states, layer.self_attn.out_proj(attended), "layer_norm2")
 
 
+_SIGLIP = EncoderFamily(
+    name="SigLIP",
+    layers="layers",
+    attention="self_attn",
+    project=_clip_project,
+    finish=_clip_finish,
+    grids=image_grids,
+    stock_sources={"": "22f28409c86c589b", "self_attn": "66b32085cb786718"},
+    notes="SigLIP 2 of a fixed resolution too",
+)
+
+# -------------------------------------------------------------------------------------------------------- ViT and DeiT
+
+
+def _vit_project(
+    layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+) -> Attention:
+    attention, normed = layer.attention, layer.layernorm_before(hidden_states)
+    heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
+    return Attention(*heads, attention.scaling, padding_mask(attention_mask))
+
+
+def _vit_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    return residual(layer, states, layer.attention.o_proj(attended), "layernorm_after")
+
+
+_VIT = EncoderFamily(
+    name="ViT",
+    layers="layers",
+    attention="attention",
+    project=_vit_project,
+    finish=_vit_finish,
+    grids=image_grids,
+    num_prefix_tokens=lambda config: 1,
+    stock_sources={"": "33a0d8fea42bee15", "attention": "54ffa42620ce6e40"},
+)
+
+# -------------------------------------------------------------------------------------------------------------- DINOv2
+
+
+def _dino_project(layer: nn.Module, hidden_states: Tensor) -> Attention:
+    attention, normed = layer.attention.attention, layer.norm1(hidden_states)
+    heads = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
+    return Attention(*heads, attention.scaling)
+
+
+def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    states = states + layer.layer_scale1(layer.attention.output(attended, states))
+    return states + layer.layer_scale2(layer.mlp(layer.norm2(states)))
+
+
+_DINO_ATTENTION = {
+    "attention": "5e55886bb0f86a88",
+    "attention.attention": "3b4843d44666499d",
+    "attention.output": "c70c646c36bf6a70",
+}
+_DINO = EncoderFamily(
+    name="DINOv2",
+    layers="layer",
+    attention="attention.attention",
+    project=_dino_project,
+    finish=_dino_finish,
+    grids=image_grids,
+    num_prefix_tokens=lambda config: 1,
+    stock_sources={"": "d16dd36a9c429bf1", **_DINO_ATTENTION},
+)
+
+# ------------------------------------------------------------------------------------------------------------ V-JEPA 2
+
+
+def _video_grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
+    """`pixel_values_videos` [B, T, C, H, W]; too short a clip is repeated as often as a tubelet has frames."""
+    frames, _, height, width = arguments["pixel_values_videos"].shape[1:]
+    tubelets = frames // config.tubelet_size if frames >= config.tubelet_size else frames
+    grid = (tubelets, height // config.patch_size, width // config.patch_size)
+    return [grid if tubelets > 1 else grid[1:]] * len(arguments["pixel_values_videos"])
+
+
+def _jepa_project(
+    layer: nn.Module, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
+) -> Attention:
+    attention, normed = layer.attention, layer.norm1(hidden_states)
+    query, key, value = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
+    positions = attention.get_position_ids(normed, masks=position_mask)
+    query, key = (attention.apply_rotary_embeddings(states, positions) for states in (query, key))
+    return Attention(query, key, value, attention.scaling)
+
+
+def _jepa_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    return residual(layer, states, layer.attention.proj(attended), "norm2")
+
+
+# ------------------------------------------------------------------------------------------------------------ InternVL
+
+
+def _intern_project(layer: nn.Module, hidden_states: Tensor) -> Attention:
+    attention, normed = layer.attention, layer.layernorm_before(hidden_states)
+    query, key = attention.q_norm(attention.q_proj(normed)), attention.k_norm(attention.k_proj(normed))
+    heads = (split_heads(states, attention.head_dim) for states in (query, key, attention.v_proj(normed)))
+    return Attention(*heads, attention.scale)
+
+
+def _intern_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    states = states + layer.lambda_1 * layer.attention.projection_layer(attended)
+    return states + layer.lambda_2 * layer.mlp(layer.layernorm_after(states))
+
+
 # config.model_type of the vision encoder -> family
 FAMILIES = {
-    "clip_vision_model": EncoderFamily(
+    "clip_vision_model": replace(
+        _SIGLIP,
         name="CLIP",
-        layers="layers",
-        attention="self_attn",
-        project=_clip_project,
-        finish=_clip_finish,
-        grids=image_grids,
         num_prefix_tokens=lambda config: 1,
         stock_sources={"": "9c77f9ba2eeb4169", "self_attn": "45fb45ce967c253b"},
+        notes="",
     ),
-    "siglip_vision_model": EncoderFamily(
-        name="SigLIP",
-        layers="layers",
-        attention="self_attn",
-        project=_clip_project,
-        finish=_clip_finish,
+    "siglip_vision_model": _SIGLIP,
+    "siglip2_vision_model": replace(
+        _SIGLIP,
+        name="SigLIP 2 NaFlex",
+        notes="recording only: its images are padded to one length, and what reads its output counts in padded patches",
+    ),
+    "vit": _VIT,
+    "deit": replace(_VIT, name="DeiT", num_prefix_tokens=lambda config: 2),
+    "dinov2": _DINO,
+    "dinov2_with_registers": replace(
+        _DINO,
+        name="DINOv2 with registers",
+        num_prefix_tokens=lambda config: 1 + config.num_register_tokens,
+        stock_sources={"": "07ab6acd36ef560d", **_DINO_ATTENTION},
+    ),
+    "vjepa2": EncoderFamily(
+        name="V-JEPA 2",
+        layers="layer",
+        not_in=("VJEPA2Predictor",),
+        attention="attention",
+        project=_jepa_project,
+        finish=_jepa_finish,
+        grids=_video_grids,
+        returns_tuple=True,
+        stock_sources={"": "d19a8e5f7ae0edfc", "attention": "ea82d862af8aa333"},
+    ),
+    "internvl_vision": EncoderFamily(
+        name="InternVL",
+        layers="layer",
+        attention="attention",
+        project=_intern_project,
+        finish=_intern_finish,
         grids=image_grids,
-        stock_sources={"": "22f28409c86c589b", "self_attn": "66b32085cb786718"},
+        num_prefix_tokens=lambda config: 1,
+        full_shape=True,
+        stock_sources={"": "89b20d4de9a92bf8", "attention": "5660dd73dd5b6fe9"},
+        notes="pruned as a part of InternVL, not by itself",
     ),
 }
