@@ -218,13 +218,13 @@ def anyres_batch(model: PreTrainedModel, rows: list[list], side: str = "left", s
     ids, sizes, tiles, videos, counts = [], [], [], 0, []
     for i, row in enumerate(rows):
         images_of_row = [part for part in row if isinstance(part, tuple)]
-        several = onevision and len(images_of_row) > 1
+        several, first = onevision and len(images_of_row) > 1, len(sizes)
         for size in images_of_row:
             sizes.append(size)
             tiles.append(1 if several else image_size_to_num_patches(size, PINPOINTS, 48))
         counts += [len(images_of_row)] if images_of_row else []
         videos += row.count("video")
-        lengths = iter(anyres_lengths(model, sizes[len(sizes) - len(images_of_row) :], tiles[-len(images_of_row) :]))
+        lengths = iter(anyres_lengths(model, sizes[first:], tiles[first:]) if images_of_row else ())
         parts = [[IMAGE_TOKEN] * next(lengths) if isinstance(part, tuple) else part for part in row]
         parts = [[VIDEO_TOKEN] * (3 * 9 + 1) if part == "video" else part for part in parts]
         ids.append(prompt(*parts, seed=seed + i))
