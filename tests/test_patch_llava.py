@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from models import IMAGE_TOKEN, NUM_TOKENS, batch, images, prompt, tiny_llava, tiny_text_config
+from models import IMAGE_TOKEN, NUM_TOKENS, batch, images, prompt, tiny_clip_config, tiny_llava, tiny_text_config
 from patch_reference import (
     expected_selection,
     kept_features,
@@ -16,7 +16,15 @@ from patch_reference import (
     row_logits,
     stock_generate,
 )
-from transformers import DynamicCache, MistralConfig, Qwen2Config, StaticCache
+from transformers import (
+    DynamicCache,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+    StaticCache,
+)
 
 from hiprune_kernels.patch import apply_hiprune, last_selection
 
@@ -183,6 +191,27 @@ def test_strategy_full_keeps_the_cls_row_besides_the_budget(stock):
     torch.testing.assert_close(output.logits[0], row_logits(stock, embeds), **TOLERANCE)
     torch.testing.assert_close(output.image_hidden_states, features[0], rtol=0, atol=1e-4)
     assert torch.equal(output.logits, from_argument.logits)
+
+
+def test_a_tower_without_a_cls_token(stock):
+    """Stock code with the strategy "default" would take the first token of the grid for one."""
+    vision = SiglipVisionConfig(**{**tiny_clip_config().to_dict(), "model_type": "siglip_vision_model"})
+    config = LlavaConfig(
+        vision_config=vision,
+        text_config=tiny_text_config(),
+        image_token_index=IMAGE_TOKEN,
+        vision_feature_select_strategy="full",
+    )
+    stock = LlavaForConditionalGeneration._from_config(config).eval()
+    model, inputs = apply_hiprune(copy.deepcopy(stock), budget=BUDGET), inputs_for("mixed")
+    with torch.no_grad():
+        logits = model(**inputs).logits
+    indices = torch.stack([selection.indices for selection in last_selection(model)])
+    rows = pruned_rows(stock, inputs, kept_features(stock, inputs["pixel_values"], indices), indices)
+    for row, (embeds, _) in zip(logits, rows):
+        torch.testing.assert_close(row[-len(embeds) :], row_logits(stock, embeds), **TOLERANCE)
+    with pytest.raises(ValueError, match='vision_feature_select_strategy: expected "full", as SigLIP has no CLS token'):
+        model(**inputs, vision_feature_select_strategy="default")
 
 
 @pytest.mark.parametrize("index", [-1, -3, 3])

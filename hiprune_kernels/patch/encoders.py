@@ -450,7 +450,7 @@ def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
     family = run.tower.family
     if run.whole or run.pool is not None:
         projected = type(self).forward(self, features)
-        run.connector_prefix = 0 if family.packed or run.pool is not None else projected.shape[1] - run.sizes[0]
+        run.connector_prefix = 0 if family.packed else projected.shape[1] - run.sizes[0]
         return projected
     if family.packed:
         projected = type(self).forward(self, features)
