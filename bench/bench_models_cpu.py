@@ -120,8 +120,9 @@ def _llava_next() -> Loaded:
 def _qwen(width: int) -> Loaded:
     """An image of 896 pixels a side: 64 x 64 patches, 32 x 32 tokens."""
     vision = {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": width}  # the depth is the default, 32
-    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e6}
-    text = {**_thin_text(width), "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    heads = {"num_attention_heads": width // 128, "head_dim": 128}
+    rope = {"rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6}
+    text = {**_thin_text(width), **heads, "rope_parameters": rope, "bos_token_id": 1, "eos_token_id": 2}
     config = Qwen2_5_VLConfig(
         vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, video_token_id=8, vision_start_token_id=1
     )
