@@ -6,9 +6,13 @@ import math
 from functools import partial
 
 import torch
+from encoder_models import randomise
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLVisionConfig,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -279,6 +283,36 @@ def _video_llava_case():
 
 
 VLM_CASES |= {"next": _llava_next_case, "onevision": _onevision_case, "video llava": _video_llava_case}
+
+
+# ------------------------------------------------------------------------------------------------------------ InternVL
+
+
+def tiny_internvl(
+    seed: int = 0, text: PretrainedConfig | None = None, implementation: str = "sdpa", **changes
+) -> InternVLForConditionalGeneration:
+    """An InternVL whose tiles have 12 by 12 patches and, as images elsewhere, 6 by 6 tokens."""
+    torch.manual_seed(seed)
+    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+    config = InternVLConfig(
+        vision_config=InternVLVisionConfig(**vision, image_size=96, patch_size=8),
+        text_config=text or tiny_text_config(),
+        image_token_id=IMAGE_TOKEN,
+        image_seq_length=NUM_TOKENS,
+        **changes,
+    )
+    model = InternVLForConditionalGeneration._from_config(config, attn_implementation=implementation).eval()
+    randomise(model.model.vision_tower, seed)
+    randomise(model.model.multi_modal_projector, seed)
+    return model
+
+
+def _internvl_case():
+    prompts = [prompt(5, "image", "image", 7), prompt(2, "image", 3, seed=1)]
+    return tiny_internvl(), batch(prompts, images(3, size=96))
+
+
+VLM_CASES["internvl"] = _internvl_case
 
 
 # ------------------------------------------------------------------------------------------------------------- Qwen-VL

@@ -61,6 +61,6 @@ FAMILIES = {
         language_model=lambda host: host.language_model,
         finish=_finish,
         budget_per="tile",
-        notes="its inputs do not tell which tiles are of one image, so each tile counts as an image",
+        notes="an image's tiles and a video's frames count as images of their own",
     ),
 }
