@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sys
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def eager_row_scores(model, pixels: Tensor, grid_thw: Tensor, layer: int) -> Ten
         query, key = rotate(heads[:, 0], heads[:, 1], *seen["position_embeddings"])
         ends = seen["cu_seqlens"].tolist()
         scores = []
-        for start, end in zip(ends, ends[1:]):
+        for start, end in itertools.pairwise(ends):
             logits = torch.einsum("qhd,khd->hqk", query[start:end], key[start:end]) * attention.scaling
             scores.append(logits.softmax(dim=-1).mean(dim=0).sum(dim=0))
     return torch.cat(scores)
