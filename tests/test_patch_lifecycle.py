@@ -16,8 +16,8 @@ from transformers import (
     Gemma2Config,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
-    SiglipVisionConfig,
-    SiglipVisionModel,
+    ViTConfig,
+    ViTModel,
 )
 
 from hiprune_kernels.patch import (
@@ -464,10 +464,9 @@ def test_unsupported_parts():
     with pytest.raises(ValueError, match="got 'gemma2'"):
         apply_hiprune(tiny_llava(text=text), budget=3)
     model = tiny_llava()
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = SiglipVisionConfig(image_size=48, patch_size=8, **sizes)
-    model.model.vision_tower, model.config.vision_config = SiglipVisionModel(config), config
-    with pytest.raises(ValueError, match="got 'siglip_vision_model'"):
+    config = ViTConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model.model.vision_tower, model.config.vision_config = ViTModel(config), config
+    with pytest.raises(ValueError, match=r"expected a vision tower of type clip_vision_model, .*, got 'vit'"):
         apply_hiprune(model, budget=3)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from .encoders import Call, ModelFamily
-from .towers import ENCODERS
 
+VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
 TEXT_MODELS = ("llama", "mistral", "qwen2")
 
 
@@ -20,9 +20,8 @@ def llava_host(model: nn.Module) -> nn.Module:
 def check_parts(host: nn.Module) -> None:
     """Raise ValueError unless the vision tower and the text model are supported."""
     vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
-    if vision not in ENCODERS or ENCODERS[vision].packed:
-        batched = [name for name, family in ENCODERS.items() if not family.packed]
-        raise ValueError(f"model: expected a vision tower of type {', '.join(batched)}, got {vision!r}")
+    if vision not in VISION_TOWERS:
+        raise ValueError(f"model: expected a vision tower of type {', '.join(VISION_TOWERS)}, got {vision!r}")
     if text not in TEXT_MODELS:
         raise ValueError(f"model: expected a text model of type {', '.join(TEXT_MODELS)}, got {text!r}")
 
