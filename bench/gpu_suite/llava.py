@@ -1,4 +1,5 @@
-"""Section "llava": prefill, decode and memory of LLaVA-1.5-7B in bfloat16 with random weights, unpruned and pruned.
+"""Section "llava": prefill, decode and memory of LLaVA-1.5-7B and LLaVA-NeXT-7B in bfloat16 with random weights,
+unpruned and pruned.
 
 As the paper's efficiency table. Prefill: one forward over prompt and image, with the vision tower. Decode: what
 `generate` takes per further token. Both include the time that Python needs to launch the work, as users see it.
@@ -8,39 +9,54 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
 
 import hiprune_kernels as hk
-from hiprune_kernels.patch import FAMILIES
 
 from .attention import relative_error
 from .context import Case, Context, Row
-from .models import llava_config, random_model
+from .models import llava_model, random_model
 from .timing import compare, free_memory, peak_extra_bytes
 
 TEXT_TOKENS = 48  # of a prompt beside the image's, about a question's
+_DEFAULT = {"vision_feature_select_strategy": "default"}  # without CLS tokens
 
 
 class _Llava:
     """The model, and prompts of one image each."""
 
-    def __init__(self, context: Context) -> None:
-        self.config = llava_config(context.quick)
-        self.model = random_model(LlavaForConditionalGeneration, self.config, context.device)
-        self.tokens = self.config.image_seq_length
+    def __init__(self, context: Context, tiled: bool) -> None:
+        kind, self.config = llava_model(tiled, context.quick)
+        self.model = random_model(kind, self.config, context.device)
         self.device = context.device
+        self.side = self.config.vision_config.image_size
+        count = (self.side // self.config.vision_config.patch_size) ** 2
+        self.places = torch.arange(count)  # the visual token of each placeholder in the prompt, -1 for a newline
+        self.sizes = {}
+        if tiled:  # square images twice as large: a view of the whole and 2 x 2 tiles, without padding
+            self.sizes = {"image_sizes": torch.tensor([[2 * self.side, 2 * self.side]])}
+            tokens, newline = torch.arange(5 * count).view(1, 5, count, 1), torch.tensor([-1])
+            packed, _ = self.model.model.pack_image_features(tokens, image_newline=newline, **self.sizes, **_DEFAULT)
+            self.places = packed[0].flatten()
+
+    def images(self, batch: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(2)
+        shape = (batch, 5, 3) if self.sizes else (batch, 3)
+        pixels = torch.randn(*shape, self.side, self.side, generator=generator).to(self.device, torch.bfloat16)
+        return {"pixel_values": pixels, **{name: sizes.repeat(batch, 1) for name, sizes in self.sizes.items()}}
 
     def inputs(self, batch: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(2)
-        text = torch.randint(3, 32000, (batch, TEXT_TOKENS), generator=generator)
-        image = torch.full((batch, self.tokens), self.config.image_token_id)
+        text = torch.randint(3, 32000, (batch, TEXT_TOKENS), generator=torch.Generator().manual_seed(3))
+        image = torch.full((batch, len(self.places)), self.config.image_token_id)
         ids = torch.cat([text[:, :8], image, text[:, 8:]], dim=1).to(self.device)
-        side = self.config.vision_config.image_size
-        pixels = torch.randn(batch, 3, side, side, generator=generator).to(self.device, torch.bfloat16)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **self.images(batch)}
+
+    def prompt_tokens(self, budget: int | None) -> int:
+        """Length of the prompt behind the vision tower; newlines stay."""
+        return TEXT_TOKENS + (len(self.places) if budget is None else budget + int((self.places < 0).sum()))
 
     def pruning(self, budget: int | None) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if budget is None else hk.hiprune(self.model, budget=budget)
@@ -59,23 +75,26 @@ class _Llava:
         """
         with self.pruning(budget):
             found = self.prefill(inputs)
-            kept = torch.stack([selection.indices for selection in hk.last_selection(self.model)])
-        length = found.past_key_values.get_seq_length()
-        if length != TEXT_TOKENS + budget or kept.shape[1] != budget:
-            raise RuntimeError(f"pruned prefill: expected {TEXT_TOKENS + budget} tokens in the cache, got {length}")
-        features = torch.stack(list(self.model.get_image_features(inputs["pixel_values"]).pooler_output))
-        features = features.gather(1, kept[..., None].expand(-1, -1, features.shape[-1]))
+            kept = [selection.indices.cpu() for selection in hk.last_selection(self.model)]
+        length, expected_length = found.past_key_values.get_seq_length(), self.prompt_tokens(budget)
+        if length != expected_length:
+            raise RuntimeError(f"pruned prefill: expected {expected_length} tokens in the cache, got {length}")
+        images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}
+        features = self.model.get_image_features(**images).pooler_output
+        stays = (torch.isin(self.places, indices) | (self.places < 0) for indices in kept)
+        features = torch.stack([rows[rows_kept.to(rows.device)] for rows, rows_kept in zip(features, stays)])
         embeds = self.model.get_input_embeddings()(inputs["input_ids"])
-        prompt = torch.cat([embeds[:, :8], features, embeds[:, 8 + self.tokens :]], dim=1)
+        prompt = torch.cat([embeds[:, :8], features, embeds[:, 8 + len(self.places) :]], dim=1)
         expected = self.model.model.language_model(inputs_embeds=prompt, use_cache=False).last_hidden_state[:, -1:]
         return relative_error(found.logits, self.model.lm_head(expected).double())
 
 
-def _measure(context: Context, llava: _Llava, batch: int, budget: int | None) -> list[Row]:
+def _measure(context: Context, model: Callable[[], _Llava], batch: int, budget: int | None) -> list[Row]:
+    llava = model()  # made at the first use, shared by all cases
     with torch.inference_mode():
         inputs = llava.inputs(batch)
         row: Row = {"way": "unpruned" if budget is None else f"{budget} tokens"}
-        row["prompt tokens"] = TEXT_TOKENS + (llava.tokens if budget is None else budget)
+        row["prompt tokens"] = llava.prompt_tokens(budget)
         if budget is not None:
             row["logit error"] = llava.pruned_error(inputs, budget)
             if not row["logit error"] < 0.1:  # bfloat16 through all layers
@@ -98,23 +117,17 @@ def _measure(context: Context, llava: _Llava, batch: int, budget: int | None) ->
         return [row]
 
 
-def _next(context: Context) -> list[Row]:
-    if "llava_next" not in FAMILIES:
-        return [{"way": "LLaVA-NeXT-7B", "failure": "hiprune_kernels.patch does not support llava_next yet"}]
-    return [{"way": "LLaVA-NeXT-7B", "failure": "this suite has no measurement of it yet"}]
-
-
 def cases(context: Context) -> list[Case]:
-    model = functools.cache(lambda: _Llava(context))  # made at the first use, shared by all cases
-    budgets = (None, 12, 6, 3) if context.quick else (None, 192, 128, 64)
-    batches = (1, 2) if context.quick else (1, 8)
-    found = [
-        Case(
-            f"LLaVA-1.5-7B B={batch}, {'unpruned' if budget is None else f'{budget} tokens'}",
-            15.0,
-            lambda batch=batch, budget=budget: _measure(context, model(), batch, budget),
-        )
-        for batch in batches
-        for budget in budgets
-    ]
-    return [*found, Case("LLaVA-NeXT-7B", 0.1, lambda: _next(context))]
+    models = {tiled: functools.cache(lambda tiled=tiled: _Llava(context, tiled)) for tiled in (False, True)}
+    budgets = {False: (192, 128, 64), True: (640, 320, 160)}  # of the paper
+    if context.quick:
+        budgets = {False: (12, 6, 3), True: (60, 30, 15)}
+    found = []
+    for tiled, batch in ((False, 1), (True, 1), (False, 2 if context.quick else 8)):
+        for budget in (None, *budgets[tiled]):
+            name = f"{'LLaVA-NeXT-7B' if tiled else 'LLaVA-1.5-7B'} B={batch}, "
+            name += "unpruned" if budget is None else f"{budget} tokens"
+            seconds = 15.0 if budget is None else 8.0  # the first of each kind makes the model, or compiles
+            rows = functools.partial(_measure, context, models[tiled], batch, budget)
+            found.append(Case(name, seconds, rows))
+    return found

@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hiprune_kernels.loading import CLIP_L_14_336
 from hiprune_kernels.patch.towers import find_encoder
@@ -26,8 +35,11 @@ def clip_config(tiny: bool) -> CLIPVisionConfig:
     return TINY_CLIP if tiny else CLIP_L_14_336
 
 
-def llava_config(tiny: bool) -> LlavaConfig:
-    """LLaVA-1.5-7B; the end-of-sequence token is taken away, so that every run generates equally many tokens."""
+def llava_model(tiled: bool, tiny: bool) -> tuple[type[PreTrainedModel], LlavaConfig | LlavaNextConfig]:
+    """LLaVA-1.5-7B, or LLaVA-NeXT-7B (`tiled`): class and config.
+
+    The end-of-sequence token is taken away, so that every run generates equally many tokens.
+    """
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
     if tiny:
         sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -41,14 +53,16 @@ def llava_config(tiny: bool) -> LlavaConfig:
         pad_token_id=0,
     )
     vision = clip_config(tiny)
-    return LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=32000,
-        image_seq_length=(vision.image_size // vision.patch_size) ** 2,
-        vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
-    )
+    options = {"vision_config": vision, "text_config": text, "image_token_index": 32000}
+    options |= {"vision_feature_layer": -2, "vision_feature_select_strategy": "default"}
+    if not tiled:
+        tokens = (vision.image_size // vision.patch_size) ** 2
+        return LlavaForConditionalGeneration, LlavaConfig(**options, image_seq_length=tokens)
+    pinpoints = [[vision.image_size * rows, vision.image_size * columns] for rows, columns in _TILES]
+    return LlavaNextForConditionalGeneration, LlavaNextConfig(**options, image_grid_pinpoints=pinpoints)
+
+
+_TILES = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # rows and columns of tiles that LLaVA-NeXT brings images to
 
 
 def random_model(

@@ -505,14 +505,18 @@ def test_a_wrong_encoder_is_not_timed(suite, context, monkeypatch):
         case.rows()
 
 
-def test_llava_section(suite, context):
-    names = [f"LLaVA-1.5-7B B=2, {way}" for way in ("unpruned", "12 tokens")]
-    found = run_section(suite, context, "llava", [*names, "LLaVA-NeXT-7B"])
+@pytest.mark.parametrize(
+    ("model", "image", "kept"),
+    [("LLaVA-1.5-7B B=2", 36, 12), ("LLaVA-NeXT-7B B=1", 5 * 36 + 12, 60 + 12)],  # 12 newlines
+    ids=["llava", "llava_next"],
+)
+def test_llava_section(suite, context, model, image, kept):
+    names = [f"{model}, unpruned", f"{model}, {60 if 'NeXT' in model else 12} tokens"]
+    found = run_section(suite, context, "llava", names)
     (unpruned,), (pruned,) = (found[name] for name in names)
-    assert unpruned["prompt tokens"] == 48 + 36 and pruned["prompt tokens"] == 48 + 12
+    assert unpruned["prompt tokens"] == 48 + image and pruned["prompt tokens"] == 48 + kept
     assert pruned["logit error"] < 0.05
     assert all(row["prefill ms"] > 0 and "decode ms" in row for row in (unpruned, pruned))
-    assert "llava_next" in found["LLaVA-NeXT-7B"][0]["failure"]
 
 
 def test_a_pruned_prefill_with_wrong_logits_is_not_timed(suite, context, monkeypatch):
@@ -533,13 +537,13 @@ def test_a_pruned_prefill_with_wrong_logits_is_not_timed(suite, context, monkeyp
         case.rows()
 
 
-def test_real_sizes(suite):
-    config = suite.models.llava_config(tiny=False)
+@pytest.mark.parametrize("tiled", [False, True])
+def test_real_sizes(suite, tiled):
+    kind, config = suite.models.llava_model(tiled, tiny=False)
     with torch.device("meta"):
-        model = suite.llava.LlavaForConditionalGeneration(config)
+        model = kind(config)
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(7.06e9, rel=0.01)
-    assert config.image_seq_length == 576 and config.vision_config.num_hidden_layers == 24
-    assert config.text_config.eos_token_id is None
+    assert config.vision_config.num_hidden_layers == 24 and config.text_config.eos_token_id is None
 
 
 # ------------------------------------------------------------------------------------------------------------ sanitizer
