@@ -35,6 +35,18 @@ def raster_order(model, grid_thw: Tensor) -> Tensor:
     return torch.tensor(order)
 
 
+def patch_order(model, grid_thw: Tensor) -> Tensor:
+    """Where in the encoder's rows each patch lies, with the patches of each image row by row."""
+    groups, order, start = raster_order(model, grid_thw).tolist(), [], 0
+    for t, h, w in token_grids(grid_thw):
+        for f in range(t):
+            for y in range(2 * h):
+                row = [groups[start + (f * h + y // 2) * w + x] for x in range(w)]
+                order += [4 * group + y % 2 * 2 + x for group in row for x in range(2)]
+        start += t * h * w
+    return torch.tensor(order)
+
+
 def eager_row_scores(model, pixels: Tensor, grid_thw: Tensor, layer: int) -> Tensor:
     """Column scores of the encoder's rows in a 1-based layer, from full attention matrices in float64."""
     visual = copy.deepcopy(model.model.visual).double()
@@ -74,9 +86,11 @@ def expected_selection(
     for grid, (object_scores, deep_scores) in zip(token_grids(grid_thw), scores):
         tokens = len(object_scores)
         budget = min(budgets, tokens) if isinstance(budgets, int) else max(1, round(budgets * tokens))
-        indices, roles = reference.select_tokens(
-            object_scores[None], deep_scores[None], budget=budget, grid=grid, **options
-        )
+        if budget == tokens:  # nothing is selected
+            selections.append((torch.arange(tokens), torch.full((tokens,), 3, dtype=torch.uint8)))
+            continue
+        scores = object_scores[None], deep_scores[None]
+        indices, roles = reference.select_tokens(*scores, budget=budget, grid=grid, **options)
         selections.append((indices[0][indices[0] >= 0], roles[0]))
     return selections
 
@@ -170,3 +184,16 @@ def greedy(model, rows: list[Row], count: int, forbidden: list[int] = ()) -> Ten
             row = extended(model, row, tokens[-1][None])
         answers.append(torch.stack(tokens))
     return torch.stack(answers)
+
+
+def beam_search(model, row: Row, count: int, width: int) -> list[tuple[float, list[int]]]:
+    """The best sequences of new tokens with their log-likelihoods, best first."""
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(count):
+        candidates = []
+        for score, tokens in beams:
+            longer = extended(model, row, torch.tensor(tokens)) if tokens else row
+            best = row_logits(model, longer)[-1].log_softmax(dim=-1).topk(width)
+            candidates += [(score + float(step), [*tokens, int(token)]) for step, token in zip(*best)]
+        beams = sorted(candidates, reverse=True)[:width]
+    return beams

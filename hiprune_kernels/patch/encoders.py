@@ -345,7 +345,7 @@ def object_listener(
 def token_scores(run: EncoderRun, settings: Settings, scores: Tensor) -> Tensor:
     """Scores of an encoder's rows, [B, prefix + N] or [R], as scores of tokens, [T]: the means over their rows."""
     if scores.ndim == 2:
-        if settings.rule == "official" and run.tower.family.official_means and settings.score_queries == "all":
+        if settings.rule == "official" and run.tower.family.official_means:
             scores = scores / scores.shape[1]
         scores = scores[:, run.tower.num_prefix_tokens :]
     if run.unit_rows is not None:
@@ -370,6 +370,12 @@ def select(run: EncoderRun, settings: Settings) -> None:
         candidate_mask=None if run.candidates is None else run.candidates.to(device),
         keep_roles=settings.keep_roles,
     )
+    token, row = 0, 0
+    for size, budget in zip(run.sizes, run.budgets):
+        if size == budget:  # a tile that loses nothing has the same selection whatever the other tiles lose
+            run.indices[row : row + size] = torch.arange(token, token + size, device=device)
+            run.roles[token : token + size] = _REGISTER
+        token, row = token + size, row + budget
 
 
 def _tile_indices(run: EncoderRun) -> Tensor:
