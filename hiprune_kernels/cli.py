@@ -42,8 +42,9 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     model_help = (
-        "local directory or hub id of a CLIP (vision) or LLaVA-1.5 checkpoint; without it, CLIP-L/14-336 at its real "
-        "size with random weights, whose choice of tokens means nothing"
+        "local directory or hub id of a checkpoint with a {} vision tower: the tower itself, or LLaVA-1.5, -NeXT or "
+        "-OneVision; without it, CLIP-L/14-336 at its real size with random weights, so that the choice of tokens "
+        "means nothing"
     )
 
     info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
     prune.add_argument("image", metavar="IMAGE", help="any image file that pillow can read")
-    prune.add_argument("--model", metavar="DIR_OR_ID", help=model_help)
+    prune.add_argument("--model", metavar="DIR_OR_ID", help=model_help.format("CLIP or SigLIP"))
     amount = prune.add_mutually_exclusive_group()
     amount.add_argument("--budget", type=int, metavar="N", help="tokens to keep")
     amount.add_argument("--retention", type=float, metavar="R", help="share of the tokens to keep (default: 1/3)")
@@ -84,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", parents=[common], help="measure and draw HiPrune on real photographs")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: out/demo")
     demo.add_argument("--quick", action="store_true", help="one photograph, fewer repetitions")
-    demo.add_argument("--model", metavar="DIR_OR_ID", help=model_help)
+    demo.add_argument("--model", metavar="DIR_OR_ID", help=model_help.format("CLIP"))
     demo.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: PyTorch's choice)")
     demo.set_defaults(run=_demo)
     return parser
@@ -257,15 +258,20 @@ def _prune(args: argparse.Namespace) -> None:
 
     import torch
 
-    from .loading import load_tower
+    from .loading import TOWERS, load_tower
     from .ops import check_inputs, select_tokens
 
     device = _checked_device(args.device)
-    tower = load_tower(args.model, dtype=getattr(torch, args.dtype), device=device, seed=args.seed)
+    dtype = getattr(torch, args.dtype)
+    tower = load_tower(args.model, dtype=dtype, device=device, seed=args.seed, kinds=tuple(TOWERS))
     budget = _checked_budget(args, tower.grid)
     object_layer = tower.object_layer if args.object_layer is None else args.object_layer
     if not 1 <= object_layer <= tower.deep_layer:
         raise ValueError(f"object-layer: expected 1 to {tower.deep_layer}, the deep layer, got {object_layer}")
+
+    prefix = tower.num_prefix_tokens
+    if args.score_queries == "cls" and prefix == 0:
+        raise ValueError(f"score-queries: expected all, as {tower.name} has no CLS token, got cls")
 
     pixels = tower.pixel_values(image)
     scores = _scores(tower, pixels, sorted({object_layer, tower.deep_layer}), args.score_queries)
@@ -281,7 +287,7 @@ def _prune(args: argparse.Namespace) -> None:
         grid=tower.grid,
         rule=args.rule,
         neighborhood=args.neighborhood,
-        num_prefix_tokens=1,
+        num_prefix_tokens=prefix,
     )
 
     report = sys.stderr if args.json == "-" else sys.stdout
@@ -310,8 +316,9 @@ def _prune(args: argparse.Namespace) -> None:
             Path(args.json).write_text(json.dumps(result) + "\n")
             print(f"wrote {args.json}", file=report)
     if wants_picture:
+        maps = (object_scores[0, prefix:], deep_scores[0, prefix:])
         seen, titles = tower.seen_image(pixels), tower.overview_titles(object_layer, budget)
-        draw_overview(seen, object_scores[0, 1:], deep_scores[0, 1:], roles[0], tower.grid, titles=titles).save(picture)
+        draw_overview(seen, *maps, roles[0], tower.grid, titles=titles).save(picture)
         print(f"wrote {picture}", file=report)
 
 

@@ -12,12 +12,16 @@ from typing import TYPE_CHECKING
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from .patch.towers import find_encoder
+from .patch.towers import ENCODERS, find_encoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    VisionConfig = CLIPVisionConfig | SiglipVisionConfig
+    VisionModel = CLIPVisionModel | SiglipVisionModel
+    ImageProcessor = transformers.CLIPImageProcessor | transformers.SiglipImageProcessor
 
 CLIP_L_14_336 = CLIPVisionConfig(
     hidden_size=1024,
@@ -29,22 +33,34 @@ CLIP_L_14_336 = CLIPVisionConfig(
     projection_dim=768,
 )
 
+# config.model_type of a vision tower -> its class, and the name of the class that prepares images for it
+TOWERS = {
+    "clip_vision_model": (CLIPVisionModel, "CLIPImageProcessor"),
+    "siglip_vision_model": (SiglipVisionModel, "SiglipImageProcessor"),
+}
+_LLAVAS = ("llava", "llava_next", "llava_onevision")  # hold such a tower as `vision_tower`
+
 
 @dataclass(frozen=True)
 class Tower:
     """A vision encoder in evaluation mode, and what is needed to feed it."""
 
-    encoder: CLIPVisionModel
-    processor: transformers.CLIPImageProcessor
+    encoder: VisionModel
+    processor: ImageProcessor
     name: str
     random: bool  # no checkpoint was given: which tokens survive then means nothing
-    deep_layer: int  # 1-based; the layer whose output LLaVA takes as image features
+    deep_layer: int  # 1-based; the layer whose output language models take as image features
     remarks: tuple[str, ...]  # what a reader of the result should know
 
     @property
     def grid(self) -> tuple[int, int]:
         side = self.encoder.config.image_size // self.encoder.config.patch_size
         return side, side
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        family, config, _ = find_encoder(self.encoder)
+        return family.num_prefix_tokens(config)
 
     @property
     def object_layer(self) -> int:
@@ -81,16 +97,18 @@ def load_tower(
     device: str | torch.device = "cpu",
     seed: int = 0,
     config: CLIPVisionConfig = CLIP_L_14_336,
+    kinds: Sequence[str] = ("clip_vision_model",),
 ) -> Tower:
-    """The vision tower of a CLIP or LLaVA checkpoint, or a seeded random one.
+    """The vision tower of a checkpoint, or a seeded random one.
 
     Args:
-        source: local directory or hub id of a CLIP (vision) or LLaVA-1.5 checkpoint; of the latter only the tower is
-            loaded. None: random weights.
+        source: local directory or hub id of a CLIP or SigLIP (vision) checkpoint, or of a LLaVA-1.5, LLaVA-NeXT or
+            LLaVA-OneVision, of which only the tower is loaded. None: random weights.
         dtype: of the weights.
         device: to put them on.
         seed: of the random weights.
         config: of the random tower.
+        kinds: which of `TOWERS` to accept.
 
     Raises:
         ValueError: if ``seed`` is out of range, there is no such checkpoint, it is of another family, or its weights
@@ -109,13 +127,13 @@ def load_tower(
         processor, remarks = _default_processor(config), ()
     else:
         name = source
-        encoder, processor, deep_layer, remarks = _from_checkpoint(source)
+        encoder, processor, deep_layer, remarks = _from_checkpoint(source, kinds)
     encoder = encoder.eval().requires_grad_(False).to(device=device, dtype=dtype)
     return Tower(encoder, processor, name, source is None, deep_layer, remarks)
 
 
 def queries_and_keys(
-    encoder: CLIPVisionModel, pixel_values: Tensor, layers: Sequence[int]
+    encoder: VisionModel, pixel_values: Tensor, layers: Sequence[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Queries and keys [B, H, N, D] of some 1-based layers, from a forward of the stock modules."""
     heads: dict[int, tuple[Tensor, Tensor]] = {}
@@ -149,11 +167,10 @@ def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
     return encoder
 
 
-def _from_checkpoint(
-    source: str,
-) -> tuple[CLIPVisionModel, transformers.CLIPImageProcessor, int, tuple[str, ...]]:
+def _from_checkpoint(source: str, kinds: Sequence[str]) -> tuple[VisionModel, ImageProcessor, int, tuple[str, ...]]:
     """Encoder, image processor, deep layer and remarks."""
     local_only = _is_local(source)
+    remarks: list[str] = []
     with _quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(source, local_files_only=local_only)
@@ -162,9 +179,10 @@ def _from_checkpoint(
                 where = "no local directory, not in the local cache, and the hub cannot be reached"
                 raise ValueError(f"model: {source!r} is {where}") from error
             raise ValueError(f"model: the configuration of {source!r} cannot be read: {error}") from error
-        vision_config, deep_layer, renamed = _vision_part(source, config)
+        vision_config, deep_layer, renamed = _vision_part(source, config, kinds)
+        model_class, processor_name = TOWERS[vision_config.model_type]
         try:
-            encoder, info = CLIPVisionModel.from_pretrained(
+            encoder, info = model_class.from_pretrained(
                 source,
                 config=vision_config,
                 key_mapping=renamed,
@@ -177,38 +195,46 @@ def _from_checkpoint(
             missing = sorted(info["missing_keys"])
             raise ValueError(f"model: {source!r} lacks {len(missing)} weights of the vision tower, first {missing[0]}")
         try:
-            processor = transformers.CLIPImageProcessor.from_pretrained(source, local_files_only=local_only)
-            remarks = ()
+            processor = getattr(transformers, processor_name).from_pretrained(source, local_files_only=local_only)
         except OSError:
             processor = _default_processor(vision_config)
-            remarks = (
-                f"{source} has no image processor: images are prepared as for CLIP at {vision_config.image_size} px",
+            kind = find_encoder(encoder)[0].name
+            remarks.append(
+                f"{source} has no image processor: images are prepared as for {kind} at {vision_config.image_size} px"
             )
-    return encoder, processor, deep_layer, remarks
+    if config.model_type in ("llava_next", "llava_onevision"):
+        remarks.append(f"a {config.model_type} model cuts images into tiles; here one view of the image is all of them")
+    return encoder, processor, deep_layer, tuple(remarks)
 
 
-def _vision_part(source: str, config) -> tuple[CLIPVisionConfig, int, dict[str, str] | None]:
+def _vision_part(source: str, config, kinds: Sequence[str]) -> tuple[VisionConfig, int, dict[str, str] | None]:
     """The tower's config, its 1-based deep layer, and how the checkpoint's weights of the tower are renamed."""
     family = config.model_type
-    vision = config if family == "clip_vision_model" else getattr(config, "vision_config", None)
-    if family not in ("clip", "clip_vision_model", "llava") or vision.model_type != "clip_vision_model":
-        tower = f" with a {vision.model_type} tower" if family == "llava" else ""
+    vision = config if family in kinds else getattr(config, "vision_config", None)
+    if getattr(vision, "model_type", None) not in kinds or family not in (*kinds, "clip", "siglip", *_LLAVAS):
+        names = " or ".join(ENCODERS[kind].name for kind in kinds)
+        tower = f" with a {vision.model_type} tower" if vision is not None else ""
         raise ValueError(
-            f"model: expected a CLIP vision model (clip, clip_vision_model) or LLaVA-1.5 (llava) with such a tower, "
-            f"got model_type {family!r}{tower} in {source!r}"
+            f"model: expected a {names} vision model, or a model of type {', '.join(_LLAVAS)} with such a tower, got "
+            f"model_type {family!r}{tower} in {source!r}"
         )
     layers = vision.num_hidden_layers
-    if family != "llava":
-        return vision, max(1, layers - 1), None
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False  # no layer's scores need it
+    if family not in _LLAVAS:  # what models that take this tower read: CLIP's last layer but one, SigLIP's last
+        return vision, max(1, layers - 1) if vision.model_type == "clip_vision_model" else layers, None
     state = config.vision_feature_layer
     if not isinstance(state, int):
         raise ValueError(f"model: expected one vision_feature_layer in {source!r}, got {state}")
     return vision, state if state >= 0 else layers + 1 + state, {r"^(model\.)?vision_tower\.": ""}
 
 
-def _default_processor(config: CLIPVisionConfig) -> transformers.CLIPImageProcessor:
+def _default_processor(config: VisionConfig) -> ImageProcessor:
+    side = config.image_size
     with _quiet_transformers():
-        return transformers.CLIPImageProcessor(size={"shortest_edge": config.image_size}, crop_size=config.image_size)
+        if config.model_type == "siglip_vision_model":
+            return transformers.SiglipImageProcessor(size={"height": side, "width": side})
+        return transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
 
 
 def _is_local(source: str) -> bool:

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import GRID, tiny_clip, tiny_clip_config, tiny_llava
+from models import GRID, tiny_clip, tiny_clip_config, tiny_llava, tiny_llava_next, tiny_onevision
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 import hiprune_kernels
 from hiprune_kernels import cli, loading, patch, reference
@@ -180,6 +180,52 @@ def test_only_the_tower_of_a_llava_checkpoint_is_loaded(capsys, photo, tmp_path,
     assert f"note: {tmp_path} has no image processor: images are prepared as for CLIP at 48 px" in printed.err
 
 
+def tiny_siglip():
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 4}
+    siglip = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=48, patch_size=8)).eval()
+    for layer in siglip.encoder.layers:
+        torch.nn.init.normal_(layer.self_attn.q_proj.weight, std=0.7)
+    return siglip
+
+
+def test_a_siglip_has_no_cls_token(capsys, photo, tmp_path):
+    """By itself, with the pooling head that checkpoints have; the picture is drawn too."""
+    siglip = tiny_siglip()
+    siglip.save_pretrained(tmp_path)
+    found = prune_json(capsys, photo, "--model", str(tmp_path), "--retention", "0.4")
+    processor = loading._default_processor(siglip.config)
+    siglip.set_attn_implementation("eager")
+    with torch.no_grad():
+        pixels = processor(images=Image.open(photo), return_tensors="pt")["pixel_values"]
+        attentions = siglip.double()(pixels.double(), output_attentions=True).attentions
+    scores = [attentions[layer - 1].mean(dim=1).sum(dim=1) for layer in (OBJECT, 5)]
+    indices, roles = reference.select_tokens(*scores, budget=14, grid=GRID)
+    assert (found["indices"], found["roles"]) == (indices[0].tolist(), roles[0].tolist())
+    assert (found["object_layer"], found["deep_layer"]) == (OBJECT, 5)
+    assert cli.main(["prune", photo, "--model", str(tmp_path), "--out", str(tmp_path / "kept.png")]) == 0
+    assert Image.open(tmp_path / "kept.png").width == 4 * 192 + 5 * 6
+    message = error_of(capsys, "prune", photo, "--model", str(tmp_path), "--score-queries", "cls")
+    assert "score-queries: expected all, as" in message and "has no CLS token" in message
+    with pytest.raises(ValueError, match=r"expected a CLIP vision model, .* got model_type 'siglip_vision_model'"):
+        loading.load_tower(str(tmp_path))  # the demo's ways need a CLS token
+
+
+@pytest.mark.parametrize(("build", "deep_layer"), [(tiny_llava_next, DEEP), (tiny_onevision, 5)])
+def test_a_view_of_the_whole_stands_for_tiles(capsys, photo, tmp_path, build, deep_layer):
+    model = build()
+    model.save_pretrained(tmp_path)
+    assert cli.main(["prune", photo, "--model", str(tmp_path), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+    assert found["grid"] == [side, side] and found["deep_layer"] == deep_layer
+    assert f"note: a {model.config.model_type} model cuts images into tiles" in printed.err
+    tower = loading.load_tower(str(tmp_path), kinds=tuple(loading.TOWERS))
+    stock = model.model.vision_tower.state_dict()
+    assert stock.keys() == tower.encoder.state_dict().keys()
+    assert all(torch.equal(stock[name], x) for name, x in tower.encoder.state_dict().items())
+
+
 def test_llava_s_own_feature_layer_is_the_deep_layer(tmp_path):
     llava = tiny_llava()
     for state, layer in ((-1, 5), (3, 3), (-3, 3)):
@@ -312,9 +358,9 @@ def test_unusable_checkpoints(capsys, photo, checkpoint, tmp_path):
     llava.save_pretrained(tmp_path / "6")
     assert "expected one vision_feature_layer" in error(tmp_path / "6")
     config = json.loads((tmp_path / "6" / "config.json").read_text())
-    config["vision_config"]["model_type"] = "siglip_vision_model"
+    config["vision_config"]["model_type"] = "dinov2"
     (tmp_path / "6" / "config.json").write_text(json.dumps(config))
-    assert "got model_type 'llava' with a siglip_vision_model tower" in error(tmp_path / "6")
+    assert "got model_type 'llava' with a dinov2 tower" in error(tmp_path / "6")
 
     weights = load_file(edited(checkpoint, tmp_path / "7") / "model.safetensors")
     weights["post_layernorm.bias"].fill_(1.0)
