@@ -88,6 +88,7 @@ def test_a_patched_model_saves_the_stock_files(case, tmp_path):
         assert all(torch.equal(weights[key], value) for key, value in stock_weights.items())
 
 
+@pytest.mark.filterwarnings("ignore:The following device_map keys do not match")  # they match a parameter
 @pytest.mark.parametrize(
     ("saved", "options", "dtype"),
     [
