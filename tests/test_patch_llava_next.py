@@ -12,6 +12,7 @@ from models import (
     NUM_TOKENS,
     PINPOINTS,
     anyres_batch,
+    anyres_lengths,
     tiny_clip_config,
     tiny_llava_next,
     tiny_text_config,
@@ -113,15 +114,16 @@ OPTIONS = [
 ]
 
 
+@pytest.mark.parametrize("name", ["mixed", "two images"])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_selection_and_prefill(stock, options):
-    inputs = anyres_batch(stock, PROMPTS["mixed"])
+def test_selection_and_prefill(stock, options, name):
+    inputs = anyres_batch(stock, PROMPTS[name])
     options = {"budget": None if "retention" in options else BUDGET, **options}
     model = apply_hiprune(copy.deepcopy(stock), **options)
     assert_prefill(model, stock, inputs, reference_rows(stock, inputs, **options))
     roles, _ = expected(stock, inputs, **options)
-    grids = [selection.grid for selection in last_selection(model)]
-    assert grids == [(3, 6, 6), (10, 6, 6), (5, 6, 6)]
+    grids = {"mixed": [(3, 6, 6), (10, 6, 6), (5, 6, 6)], "two images": [(5, 6, 6), (3, 6, 6)]}
+    assert [selection.grid for selection in last_selection(model)] == grids[name]
     for selection, of_image in zip(last_selection(model), roles):
         assert torch.equal(selection.roles, of_image.flatten())
         assert torch.equal(selection.indices, selection.roles.nonzero()[:, 0])
@@ -146,6 +148,18 @@ def test_the_number_kept_follows_from_sizes(stock, share):
             states = model(**inputs).image_hidden_states
         count = kept_anyres_tokens(size, pinpoints=PINPOINTS, tile_size=48, patch_size=8, **share)
         assert len(states) == count
+
+
+def test_the_number_of_all_tokens_follows_from_sizes(stock):
+    """The same resolutions and padding as in stock code, whatever the order of the resolutions."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(10, 300, (200, 2), generator=generator).tolist()
+    model = copy.deepcopy(stock)
+    for pinpoints in (PINPOINTS, PINPOINTS[::-1]):
+        model.config.image_grid_pinpoints = pinpoints
+        tiles = [image_size_to_num_patches(size, pinpoints, 48) for size in sizes]
+        options = {"pinpoints": pinpoints, "tile_size": 48, "patch_size": 8, "retention": 1.0}
+        assert [kept_anyres_tokens(size, **options) for size in sizes] == anyres_lengths(model, sizes, tiles)
 
 
 def test_image_hidden_states_are_the_kept_stock_features(stock, patched):
