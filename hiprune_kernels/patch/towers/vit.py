@@ -46,12 +46,10 @@ _SIGLIP = EncoderFamily(
 # -------------------------------------------------------------------------------------------------------- ViT and DeiT
 
 
-def _vit_project(
-    layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> Attention:
+def _vit_project(layer: nn.Module, hidden_states: Tensor, attention_mask: None, **kwargs: Any) -> Attention:
     attention, normed = layer.attention, layer.layernorm_before(hidden_states)
     heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
-    return Attention(*heads, attention.scaling, padding_mask(attention_mask))
+    return Attention(*heads, attention.scaling)
 
 
 def _vit_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
