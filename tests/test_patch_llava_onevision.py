@@ -148,7 +148,7 @@ def reference_rows(stock, inputs, **options):
 
 # ------------------------------------------------------------------------------------------------------- what is kept
 
-OPTIONS = [{}, {"budget": 25}, {"retention": 0.25}, {"unpad": "after"}, {"rule": "official"}, {"rule": "grid"}]
+OPTIONS = [{}, {"budget": 24}, {"retention": 0.25}, {"unpad": "after"}, {"rule": "official"}, {"rule": "grid"}]
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
