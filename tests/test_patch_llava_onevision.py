@@ -8,7 +8,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from models import IMAGE_TOKEN, PINPOINTS, VIDEO_TOKEN, anyres_batch, tiny_onevision
+from models import (
+    IMAGE_TOKEN,
+    PINPOINTS,
+    VIDEO_TOKEN,
+    anyres_batch,
+    tiny_clip_config,
+    tiny_onevision,
+    tiny_text_config,
+)
 from patch_reference import (
     GREEDY,
     assert_decodes_by_hand,
@@ -22,11 +30,12 @@ from patch_reference import (
     stock_generate,
     visual_rows,
 )
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import image_size_to_num_patches, unpad_image
 
 from hiprune_kernels import reference
 from hiprune_kernels.budget import kept_anyres_tokens
-from hiprune_kernels.patch import apply_hiprune, last_selection, remove_hiprune
+from hiprune_kernels.patch import apply_hiprune, last_selection, record_scores, remove_hiprune
 
 BUDGET, OBJECT_LAYER, FEATURE_LAYER, SIDE = 20, 2, 5, 5
 WIDE, TALL, SLIM, BIG = (40, 90), (90, 50), (150, 40), (140, 130)  # 3, 5, 10 and 10 tiles; only BIG is interpolated
@@ -169,6 +178,17 @@ def test_options_change_the_selection(stock):
     inputs = anyres_batch(stock, PROMPTS["mixed"])
     kept = {str([roles.tolist() for roles in expected(stock, inputs, **options)[0]]) for options in OPTIONS}
     assert len(kept) == len(OPTIONS)
+
+
+@pytest.mark.parametrize("name,rows", [("one image", 3 * 6), ("two images", 2 * 20), ("interpolated", 10 * 25)])
+def test_the_encoder_finishes_kept_tokens_only_where_it_can(stock, patched, name, rows):
+    seen = []
+    mlp = patched.model.vision_tower.encoder.layers[-1].mlp
+    handle = mlp.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
+    with torch.no_grad():
+        patched(**anyres_batch(stock, PROMPTS[name]))
+    handle.remove()
+    assert seen == [rows]
 
 
 def test_an_image_keeps_the_same_tokens_beside_an_interpolated_one(stock, patched):
@@ -319,6 +339,32 @@ def test_bad_input(stock, patched):
         patched(**{**inputs, "pixel_values": inputs["pixel_values"][:, :3]})
     with pytest.raises(ValueError, match='score_queries: expected "all", as SiglipVisionModel has no CLS token'):
         apply_hiprune(copy.deepcopy(stock), budget=20, score_queries="cls")
+
+
+def test_a_tower_with_a_cls_token():
+    config = LlavaOnevisionConfig(
+        vision_config=tiny_clip_config(),
+        text_config=tiny_text_config(),
+        image_token_index=IMAGE_TOKEN,
+        video_token_index=VIDEO_TOKEN,
+        image_grid_pinpoints=PINPOINTS,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    stock = LlavaOnevisionForConditionalGeneration._from_config(config).eval()
+    inputs = anyres_batch(stock, [[5, "video", 7]])
+    with torch.no_grad(), record_scores(stock, [2, 4]) as scores:
+        features = stock_features(stock, inputs)[VIDEO_TOKEN]
+    pooled = [
+        F.interpolate(scores[layer][0][None, :, 1:].unflatten(2, (6, 6)), [3, 3], mode="bilinear") for layer in (2, 4)
+    ]
+    _, roles = reference.select_tokens(*(s[0].flatten(1) for s in pooled), budget=6, grid=(3, 3))
+    model = apply_hiprune(copy.deepcopy(stock), budget=20)
+    keep = torch.cat([roles.flatten() > 0, torch.ones(1, dtype=torch.bool)])
+    assert_prefill(model, stock, inputs, visual_rows(stock, inputs, {VIDEO_TOKEN: (features, keep)}))
+    assert torch.equal(last_selection(model)[0].roles, roles.flatten())
+    with pytest.raises(ValueError, match='vision_feature_select_strategy: expected "default" for CLIP'):
+        model(**inputs, vision_feature_select_strategy="full")
 
 
 def test_removing(stock, patched):

@@ -111,7 +111,7 @@ def _placeholders(host: nn.Module, arguments: dict[str, Any], token_id: int) -> 
 def _keep_mask(call: Call) -> Tensor:
     """False where the prompt loses a token, bool [B, L]."""
     keep = None
-    for token_id, kept in call.patch.family.kept(call):
+    for token_id, kept in call.kept():
         places = _placeholders(call.patch.host, call.arguments, token_id)
         keep = torch.ones_like(places) if keep is None else keep
         keep = keep.masked_scatter(places, kept.to(places.device))

@@ -78,8 +78,6 @@ class ModelFamily:
     # those, `grids`)
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    kept: Callable[[Call], list[tuple[int, Tensor]]] = lambda call: _kept_placeholders(call)
-    # ^ per kind of placeholder: its token id, and in order of the prompt which of them stay, bool
     install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
     multimodal_positions: bool = False  # M-RoPE: position ids of the language model tell places in images
@@ -184,6 +182,11 @@ class Call:
     def prunes(self) -> bool:
         return any(not run.whole for run in self.runs)
 
+    def kept(self) -> list[tuple[int, Tensor]]:
+        """Per kind of placeholder: its token id, and in the order of the prompts which of them stay, bool."""
+        config = self.patch.host.config
+        return [(config.video_token_id if run.video else config.image_token_id, run.kept()) for run in self.runs]
+
 
 _CALL: ContextVar[Call | None] = ContextVar("hiprune_call", default=None)
 
@@ -192,11 +195,6 @@ def current_call(part: str, module: nn.Module) -> Call | None:
     """The open call, if `module` is this part ("connector" or "language_model") of its host."""
     call = _CALL.get()
     return call if call is not None and getattr(call.patch.family, part)(call.patch.host) is module else None
-
-
-def _kept_placeholders(call: Call) -> list[tuple[int, Tensor]]:
-    config = call.patch.host.config
-    return [(config.video_token_id if run.video else config.image_token_id, run.kept()) for run in call.runs]
 
 
 def _current_run(module: nn.Module) -> EncoderRun | None:

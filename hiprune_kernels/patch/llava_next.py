@@ -57,6 +57,6 @@ FAMILIES = {
         check_call=check_strategy,
         layout=_layout,
         has_unpad=True,
-        notes="tokens of the budget are shared out equally among an image's tiles; newlines stay besides",
+        notes="the budget is shared out equally among an image's tiles; newlines stay besides",
     ),
 }

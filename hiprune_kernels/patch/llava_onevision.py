@@ -90,8 +90,7 @@ FAMILIES = {
         name="LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)",
         layout=_layout,
         budget_per="image or video",
-        notes="tokens of the budget are shared out equally among an image's tiles or a video's frames (where features "
-        "are interpolated: the view of the whole and the rest, by their tokens, and nothing is left out of the "
-        "encoder); newlines stay besides",
+        notes="the budget is shared out equally among an image's tiles or a video's frames, newlines stay besides; "
+        "interpolated features (large images, videos) are computed for all tokens and selected afterwards",
     ),
 }

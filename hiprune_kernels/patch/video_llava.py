@@ -21,6 +21,6 @@ FAMILIES = {
         encoders=lambda host: [host.image_tower, host.video_tower],
         layout=_layout,
         budget_per="image or video",
-        notes="tokens of the budget are shared out equally among a video's frames; their CLS tokens stay besides",
+        notes="the budget is shared out equally among a video's frames; their CLS tokens stay besides",
     ),
 }
