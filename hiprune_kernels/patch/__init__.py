@@ -47,13 +47,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 FAMILIES = {  # config.model_type -> family
-    **bare.FAMILIES,
     **llava.FAMILIES,
     **llava_next.FAMILIES,
     **llava_onevision.FAMILIES,
     **video_llava.FAMILIES,
     **qwen_vl.FAMILIES,
     **internvl.FAMILIES,
+    **bare.FAMILIES,
 }
 
 
