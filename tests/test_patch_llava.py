@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 
 import pytest
 import torch
@@ -468,18 +469,66 @@ def test_cropped_copied_and_repeated_caches(stock, patched):
             patched(input_ids=tail.repeat(3, 1), past_key_values=two)
 
 
+def _refilled(cache):
+    """What a file or a shallow copy makes of a cache."""
+    file = io.BytesIO()
+    torch.save(cache, file)
+    file.seek(0)
+    return copy.copy(torch.load(file, weights_only=False))
+
+
+@pytest.mark.parametrize("through", [lambda cache: cache, copy.deepcopy, _refilled], ids=["itself", "copy", "file"])
+def test_rows_of_a_cache_rearranged(stock, patched, through):
+    """Rows of a batch that lost different tokens: the bookkeeping goes where the keys and values go."""
+    inputs = inputs_for("mixed")
+    mask, rows = inputs["attention_mask"], reference_rows(stock, inputs)
+    tokens = torch.tensor([[7, 8, 9, 10, 11, 12]]).T
+
+    def check(cache, order):
+        ids = tokens[: len(order)]
+        with torch.no_grad():
+            grown = torch.cat([mask[order], torch.ones_like(ids)], dim=1)
+            logits = patched(input_ids=ids, attention_mask=grown, past_key_values=cache).logits[:, -1]
+        for ours, row, token in zip(logits, order, ids):
+            embeds = torch.cat([rows[row][0], stock.get_input_embeddings()(token).detach()])
+            torch.testing.assert_close(ours, row_logits(stock, embeds)[-1], **TOLERANCE)
+
+    def prefilled():
+        with torch.no_grad():
+            return through(patched(**inputs, past_key_values=DynamicCache()).past_key_values)
+
+    count = len(rows)
+    assert len({len(row) for row, _ in rows}) > 1
+    back = list(range(count))[::-1]
+    cache = prefilled()
+    assert isinstance(cache, DynamicCache)
+    cache.reorder_cache(torch.tensor(back))
+    check(cache, back)
+    cache = prefilled()
+    cache.batch_select_indices(torch.tensor([count - 1]))
+    check(cache, [count - 1])
+    cache = prefilled()
+    cache.batch_repeat_interleave(2)
+    cache.reorder_cache(torch.tensor([1, 0, *range(2, 2 * count)]))
+    cache.batch_select_indices(torch.tensor([2, 0]))
+    check(cache, [1, 0])
+
+
 def test_a_reset_cache_forgets(stock, patched):
-    cache = StaticCache(config=stock.config.text_config, max_cache_len=64)
+    first, text = inputs_for("mixed"), batch([prompt(6, seed=seed) for seed in range(3)])
+    cache, other = (StaticCache(config=stock.config.text_config, max_cache_len=128) for _ in range(2))
     with torch.no_grad():
-        patched(**inputs_for("one image"), past_key_values=cache)
+        patched(**first, past_key_values=cache)
         cache.reset()
-        text = batch([prompt(6)])
         ours = patched(**text, past_key_values=cache).logits
-        other = StaticCache(config=stock.config.text_config, max_cache_len=64)
         assert torch.equal(ours, stock(**text, past_key_values=other).logits)
+        token = torch.tensor([[7], [8], [9]])  # the cache is filled again, but not pruned
+        ours = patched(input_ids=token, past_key_values=cache).logits
+        assert torch.equal(ours, stock(input_ids=token, past_key_values=other).logits)
+        assert type(cache) is StaticCache
         cache.reset()
-        again = patched(**inputs_for("one image"), past_key_values=cache).logits
-        torch.testing.assert_close(again, patched(**inputs_for("one image")).logits, **TOLERANCE)
+        again = patched(**first, past_key_values=cache).logits
+        torch.testing.assert_close(again, patched(**first).logits, **TOLERANCE)
 
 
 # ------------------------------------------------------------------------------------------------------------- limits

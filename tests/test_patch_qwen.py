@@ -424,11 +424,14 @@ def test_a_cache_for_several_continuations(kind, stock, patched):
     tokens = torch.tensor([[7, 8], [9, 10], [11, 12], [13, 14]])
     with torch.no_grad():
         cache = patched(**inputs).past_key_values
+        patched(**qwen_batch(kind, [(5, SMALL, 3)]))  # another prompt in between
         cache.batch_repeat_interleave(2)
-        mask = torch.cat([inputs["attention_mask"].repeat_interleave(2, dim=0), torch.ones_like(tokens)], dim=1)
+        cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
+        order = [1, 0, 1, 0]
+        mask = torch.cat([inputs["attention_mask"][order], torch.ones_like(tokens)], dim=1)
         logits = patched(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits
-    for i, ours in enumerate(logits):
-        expected = row_logits(stock, extended(stock, rows[i // 2], tokens[i]))
+    for ours, i, new in zip(logits, order, tokens, strict=True):
+        expected = row_logits(stock, extended(stock, rows[i], new))
         torch.testing.assert_close(ours, expected[-2:], **TOLERANCE)
 
 

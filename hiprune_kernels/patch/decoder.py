@@ -10,7 +10,8 @@ padding of the caller's is reused first), so columns counted from the end stay w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,18 +34,21 @@ class Plan:
     gone: int  # full length minus cache length
     padded: bool  # whether any slot is not valid
     multimodal: bool  # position ids tell places in images, see `_compact`
+    rope_deltas: Tensor | None = None  # [B, 1] int64, of these: from a token's place to its position behind the prompt
 
-    def rows(self, batch: int) -> Plan:
-        """This plan for a batch whose rows were repeated since, as `Cache.batch_repeat_interleave` does."""
-        repeats, rest = divmod(batch, len(self.valid))
-        if rest:
+    def take(self, rows: Tensor) -> Plan:
+        """This plan for a batch made of these rows [R] of its batch."""
+        rows = rows.to(self.valid.device)
+        deltas = None if self.rope_deltas is None else self.rope_deltas[rows.to(self.rope_deltas.device)]
+        tensors = {"source": self.source[rows], "valid": self.valid[rows], "dropped": self.dropped[rows]}
+        return replace(self, **tensors, rope_deltas=deltas)
+
+    def check_batch(self, batch: int) -> None:
+        """Raise ValueError if inputs have another number of rows."""
+        if batch != len(self.valid):
             raise ValueError(
                 f"past_key_values: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows"
             )
-        if repeats == 1:
-            return self
-        tensors = (x.repeat_interleave(repeats, dim=0) for x in (self.source, self.valid, self.dropped))
-        return Plan(*tensors, self.gone, self.padded, self.multimodal)
 
     def cache_mask(self, mask: Any, seen: int, new: int) -> Any:
         """The caller's mask in cache coordinates, for `seen` slots in the cache and `new` tokens behind them.
@@ -84,6 +88,54 @@ class Plan:
 
 def _seen(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+class _PlannedCache:
+    """What a cache with a plan has before its own class: methods that rearrange the plan's rows with the cache's.
+
+    A class of its own rather than methods on the instance, which would hold the cache in a reference cycle.
+    """
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        valid = getattr(self, _PLAN).valid
+        self._take(torch.arange(len(valid), device=valid.device).repeat_interleave(repeats))
+
+    def _take(self, rows: Tensor) -> None:
+        setattr(self, _PLAN, getattr(self, _PLAN).take(rows))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore_cache, (type(self).stock_class,), self.__dict__
+
+
+@functools.cache
+def _planned_class(cache_class: type) -> type:
+    return type(cache_class.__name__, (_PlannedCache, cache_class), {"stock_class": cache_class})
+
+
+def _restore_cache(cache_class: type) -> Any:
+    """An empty cache for a copy's or a file's contents, as its class has no name to be found by."""
+    return object.__new__(_planned_class(cache_class))
+
+
+def _set_plan(cache: Any, plan: Plan) -> None:
+    setattr(cache, _PLAN, plan)
+    if not isinstance(cache, _PlannedCache):
+        cache.__class__ = _planned_class(type(cache))
+
+
+def _forget_plan(cache: Any) -> None:
+    if isinstance(cache, _PlannedCache):
+        delattr(cache, _PLAN)
+        cache.__class__ = type(cache).stock_class
 
 
 def live_plan(cache: Any) -> Plan | None:
@@ -168,6 +220,14 @@ def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: 
     return {**kwargs, **pruned}, new_plan
 
 
+def _rope_deltas(host: nn.Module, batch: int) -> Tensor | None:
+    """Those of M-RoPE that belong to a prefill, [B, 1]; `generate` finds them before it repeats rows for beams."""
+    deltas = getattr(host, "rope_deltas", None)
+    if deltas is None or batch % len(deltas):  # of another batch, where the caller made the position ids
+        return None
+    return deltas.repeat_interleave(batch // len(deltas), dim=0)
+
+
 def _compact(positions: Tensor, dropped: Tensor, multimodal: bool) -> Tensor:
     """Position ids [B, L] with each token moved up by the `dropped` [B, L] or [B, 1] visual tokens before it.
 
@@ -186,7 +246,8 @@ def _compact(positions: Tensor, dropped: Tensor, multimodal: bool) -> Tensor:
 def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
     batch, new = _new_tokens(kwargs).shape[:2]
-    seen, plan = _seen(kwargs["past_key_values"]), plan.rows(batch)
+    plan.check_batch(batch)
+    seen = _seen(kwargs["past_key_values"])
     positions = kwargs.get("position_ids")
     if positions is None:
         start = seen + plan.gone
@@ -200,9 +261,12 @@ def prune_inputs(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of the language model."""
     plan = live_plan(kwargs.get("past_key_values"))
+    if plan is None:  # a cache that was reset starts anew, and must not find its old plan again once it is filled
+        _forget_plan(kwargs.get("past_key_values"))
     call = current_call("language_model", module)
     if call is not None and call.prunes:
         kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions)
+        call.plan.rope_deltas = _rope_deltas(call.patch.host, len(call.plan.valid))
         return args, kwargs
     return None if plan is None else (args, _translate(plan, kwargs))
 
@@ -211,7 +275,7 @@ def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """Post-hook of the language model: the plan rides on the cache that this forward filled."""
     call = current_call("language_model", module)
     if call is not None and call.plan is not None and output.past_key_values is not None:
-        setattr(output.past_key_values, _PLAN, call.plan)
+        _set_plan(output.past_key_values, call.plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- generate()
@@ -269,6 +333,13 @@ def create_masks_for_generate(
     )
 
 
+def _prepare_multimodal_encoder_kwargs_for_generation(
+    self: nn.Module, model_kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """From transformers 5.18 on, stock encodes images before the prefill; the prefill, where they are pruned, can too."""
+    return model_kwargs
+
+
 def _has_images(kwargs: dict[str, Any]) -> bool:
     """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
     return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
@@ -305,3 +376,6 @@ def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_mo
         edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
         for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
             edits.set_method(model, function.__name__, function)
+        encode = _prepare_multimodal_encoder_kwargs_for_generation
+        if hasattr(model, encode.__name__):
+            edits.set_method(model, encode.__name__, encode)

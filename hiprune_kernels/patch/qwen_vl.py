@@ -26,13 +26,13 @@ def _check(host: nn.Module) -> None:
 def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
     """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
     plan = live_plan(kwargs["past_key_values"])
-    if plan is None or self.rope_deltas is None:
+    if plan is None or plan.rope_deltas is None:
         return type(self).compute_3d_position_ids(self, **kwargs)
     embeds = kwargs["inputs_embeds"]
     batch, new = embeds.shape[:2]
-    text = plan.rows(batch).text_positions(kwargs["attention_mask"], kwargs["past_key_values"].get_seq_length(), new)
-    deltas = self.rope_deltas.repeat_interleave(batch // len(self.rope_deltas), dim=0)
-    return (text.to(embeds.device) + deltas.to(embeds.device)).expand(3, batch, new)
+    plan.check_batch(batch)
+    text = plan.text_positions(kwargs["attention_mask"], kwargs["past_key_values"].get_seq_length(), new)
+    return (text.to(embeds.device) + plan.rope_deltas.to(embeds.device)).expand(3, batch, new)
 
 
 def _install(edits: Edits, model: nn.Module, host: nn.Module) -> None:
