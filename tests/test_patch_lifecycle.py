@@ -129,6 +129,9 @@ def test_context_form(stock, model, pruned_logits):
     with pytest.raises(RuntimeError, match="stop"), hiprune(model, budget=10):
         raise RuntimeError("stop")
     assert not is_patched(model)
+    with hiprune(model, budget=10):
+        remove_hiprune(model)
+    assert not is_patched(model)
     apply_hiprune(model, budget=10)
     with hiprune(model, budget=3):
         assert run(model).shape[1] == 12 + 3
@@ -207,6 +210,15 @@ def test_deepcopy_owns_its_patch(stock, model, pruned_logits):
     with torch.no_grad():
         twin.lm_head.weight.zero_()
     assert torch.equal(run(model), pruned_logits)
+
+
+def test_pickling_is_refused(tmp_path):
+    model = apply_hiprune(tiny_llava(), budget=10)
+    with pytest.raises(TypeError, match="model: a patched model cannot be pickled .* call remove_hiprune before"):
+        torch.save(model, tmp_path / "model.pt")
+    torch.save(remove_hiprune(model), tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(run(loaded), run(model))
 
 
 @pytest.mark.parametrize("shards", ["10GB", "100KB"])

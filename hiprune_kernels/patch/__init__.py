@@ -268,5 +268,5 @@ def hiprune(
     finally:
         if previous is not None:
             _apply(model, previous.settings)
-        else:
+        elif is_patched(model):  # unless the block took the patch off itself
             remove_hiprune(model)

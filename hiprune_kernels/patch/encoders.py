@@ -12,6 +12,7 @@ The state of a forward travels in a context variable, never on a module, so thre
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
@@ -118,6 +119,18 @@ class Patch:
     argument_names: tuple[str, ...]  # of the host's forward
     edits: Edits = field(default_factory=Edits)
     last: list[Selection] = field(default_factory=list)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Patch:
+        memo[id(self)] = clone = object.__new__(Patch)
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Methods of an instance come back from a pickle as those of its class: half of the patch would be missing."""
+        raise TypeError(
+            "model: a patched model cannot be pickled (torch.save of the whole model, a process that is spawned); call "
+            "remove_hiprune before, or save its state_dict, or use save_pretrained"
+        )
 
     def tower_of(self, module: nn.Module) -> Tower | None:
         """The tower whose encoder, object attention, feature layer or later layer `module` is."""
