@@ -214,7 +214,7 @@ def test_deepcopy_owns_its_patch(stock, model, pruned_logits):
 
 def test_pickling_is_refused(tmp_path):
     model = apply_hiprune(tiny_llava(), budget=10)
-    with pytest.raises(TypeError, match="model: a patched model cannot be pickled .* call remove_hiprune before"):
+    with pytest.raises(TypeError, match=r"model: a patched model cannot be pickled .* call remove_hiprune before"):
         torch.save(model, tmp_path / "model.pt")
     torch.save(remove_hiprune(model), tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=False)
