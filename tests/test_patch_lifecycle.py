@@ -553,3 +553,14 @@ def test_unknown_stock_source_warns(model, monkeypatch, recwarn):
         with pytest.warns(UserWarning, match="computes .*forward by itself .* never compared with ours"):
             apply_hiprune(model, budget=10)
     assert towers.source_digest(len) == ""
+
+
+def test_a_generate_that_encodes_images_first_is_refused(model, monkeypatch):
+    """As from transformers 5.18 on: nothing would be pruned, without a word."""
+    before = fingerprint(model)
+    name = "_prepare_multimodal_encoder_kwargs_for_generation"
+    monkeypatch.setattr(type(model), name, lambda self, model_kwargs: model_kwargs, raising=False)
+    with pytest.raises(ValueError, match=r"model: expected one of transformers before 5\.18, .* got one of"):
+        apply_hiprune(model, budget=10)
+    assert_untouched(model, before)
+    apply_hiprune(model.model, budget=10)  # without a head there is no generate

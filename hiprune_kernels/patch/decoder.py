@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
@@ -333,13 +334,6 @@ def create_masks_for_generate(
     )
 
 
-def _prepare_multimodal_encoder_kwargs_for_generation(
-    self: nn.Module, model_kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    """From transformers 5.18 on, stock encodes images before the prefill; the prefill, where they are pruned, can too."""
-    return model_kwargs
-
-
 def _has_images(kwargs: dict[str, Any]) -> bool:
     """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
     return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
@@ -369,13 +363,19 @@ def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
-    """Patch the language side of `model` (with the head, or `host` itself)."""
+    """Patch the language side of `model` (with the head, or `host` itself).
+
+    Raises:
+        ValueError: if its `generate` would run the vision side before, and outside of, the forward that prunes.
+    """
+    if hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
+        raise ValueError(
+            "model: expected one of transformers before 5.18, whose generate() leaves images to the model's forward, "
+            f"got one of {transformers.__version__}"
+        )
     edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
     edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
     if model is not host:
         edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
         for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
             edits.set_method(model, function.__name__, function)
-        encode = _prepare_multimodal_encoder_kwargs_for_generation
-        if hasattr(model, encode.__name__):
-            edits.set_method(model, encode.__name__, encode)
