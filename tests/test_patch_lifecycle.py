@@ -509,6 +509,11 @@ def test_what_a_pruned_forward_refuses(stock, model):
         run(model, labels=inputs()["input_ids"])
     with pytest.raises(ValueError, match="logits_to_keep: expected an int"):
         run(model, logits_to_keep=torch.tensor([3]))
+    with pytest.raises(ValueError, match="logits_to_keep: expected an int"):
+        run(model, logits_to_keep=slice(3))
+    ids, pixel_values = inputs()["input_ids"], inputs()["pixel_values"]
+    with pytest.raises(ValueError, match="labels: the logits of a pruned forward are shorter"):
+        model(ids, pixel_values, labels=ids)  # by position
     with pytest.raises(ValueError, match="output_attentions: a pruned forward has no full attention maps"):
         run(model, output_attentions=True)
     with pytest.raises(ValueError, match="prefill_chunk_size: images cannot be pruned"):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .edits import Edits
-from .encoders import Call, current_call
+from .encoders import Call, bind, current_call, forward_names
 
 _PLAN = "_hiprune_plan"
 
@@ -351,11 +351,12 @@ def _prefill(
 
 def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model with the head: what counts positions in the unpruned logits cannot be honoured."""
-    if not _has_images(kwargs):
+    arguments = bind(forward_names(module), args, kwargs) if args else kwargs
+    if not _has_images(arguments):
         return
-    if isinstance(kwargs.get("logits_to_keep"), Tensor):
+    if not isinstance(arguments.get("logits_to_keep", 0), int):
         raise ValueError("logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter")
-    if kwargs.get("labels") is not None:
+    if arguments.get("labels") is not None:
         raise ValueError(
             "labels: the logits of a pruned forward are shorter than the labels; compute the loss from the logits, "
             "whose columns counted from the end are where they were behind the last image"
