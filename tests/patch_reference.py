@@ -160,3 +160,18 @@ def assert_second_turn(model, stock, inputs: dict, second: list[int], shown: dic
     rows = rows_of({**both, **turn})
     sequences = model.generate(**turn, **shown, past_key_values=first.past_key_values, **GREEDY)
     assert torch.equal(sequences[:, ids.shape[1] :], stock_generate(stock, rows, **GREEDY))
+
+
+def assert_a_wrong_token_shows(
+    model, stock, inputs: dict, features: dict[int, Tensor], keep: dict[int, Tensor], least: float
+) -> None:
+    """What a tolerance of logits is worth: one other token, of any kind, moves those of one prompt by over `least`."""
+    with torch.no_grad():
+        logits = model(**inputs).logits[0]
+    for token in keep:
+        wrong = keep[token].clone()
+        out, into = int(wrong.nonzero()[-2]), int((~wrong).nonzero()[-1])
+        wrong[out], wrong[into] = False, True
+        visual = {kind: (features[kind], wrong if kind == token else keep[kind]) for kind in keep}
+        [(embeds, _)] = visual_rows(stock, inputs, visual)
+        assert (row_logits(stock, embeds) - logits).abs().max() > least

@@ -20,6 +20,7 @@ from models import (
 from patch_reference import (
     GREEDY,
     WAYS,
+    assert_a_wrong_token_shows,
     assert_decodes_by_hand,
     assert_generates,
     assert_prefill,
@@ -27,7 +28,6 @@ from patch_reference import (
     eager_scores,
     new_tokens,
     one_thread,  # noqa: F401
-    row_logits,
     stock_generate,
     visual_rows,
 )
@@ -176,13 +176,7 @@ def test_a_wrong_token_would_show(stock, patched):
     """What the tolerance of the prefill is worth."""
     inputs = anyres_batch(stock, PROMPTS["one image"])
     features, keep = stock_features(stock, inputs), expected(stock, inputs)[1]
-    wrong = keep.clone()
-    first, other = int(keep.nonzero()[-2]), int((~keep).nonzero()[-1])
-    wrong[first], wrong[other] = False, True
-    with torch.no_grad():
-        logits = patched(**inputs).logits[0]
-    [(embeds, _)] = visual_rows(stock, inputs, {IMAGE_TOKEN: (features, wrong)})
-    assert (row_logits(stock, embeds) - logits).abs().max() > 0.1
+    assert_a_wrong_token_shows(patched, stock, inputs, {IMAGE_TOKEN: features}, {IMAGE_TOKEN: keep}, 0.1)
 
 
 # ---------------------------------------------------------------------------------------------- every way of running it

@@ -19,6 +19,7 @@ from models import (
 )
 from patch_reference import (
     GREEDY,
+    assert_a_wrong_token_shows,
     assert_decodes_by_hand,
     assert_generates,
     assert_prefill,
@@ -26,7 +27,6 @@ from patch_reference import (
     eager_scores,
     new_tokens,
     one_thread,  # noqa: F401
-    row_logits,
     stock_generate,
     visual_rows,
 )
@@ -229,15 +229,7 @@ def test_a_wrong_token_would_show(stock, patched):
     """What the tolerance of the prefill is worth, for an image and for a video."""
     inputs = anyres_batch(stock, [[5, WIDE, 7, "video", 2]])
     features, (_, keep) = stock_features(stock, inputs), expected(stock, inputs)
-    with torch.no_grad():
-        logits = patched(**inputs).logits[0]
-    for token in (IMAGE_TOKEN, VIDEO_TOKEN):
-        wrong = keep[token].clone()
-        out, into = int(wrong.nonzero()[-2]), int((~wrong).nonzero()[-1])
-        wrong[out], wrong[into] = False, True
-        visual = {kind: (features[kind], wrong if kind == token else keep[kind]) for kind in keep}
-        [(embeds, _)] = visual_rows(stock, inputs, visual)
-        assert (row_logits(stock, embeds) - logits).abs().max() > 0.05
+    assert_a_wrong_token_shows(patched, stock, inputs, features, keep, 0.05)
 
 
 # ---------------------------------------------------------------------------------------------- every way of running it

@@ -90,11 +90,11 @@ def apply_hiprune(
 
     Args:
         model: see `FAMILIES`; in eval mode when it runs.
-        budget, retention: exactly one of them: visual tokens kept per image, or the share of them. A budget that
-            reaches the number of tokens leaves the forward stock.
+        budget, retention: exactly one of them: visual tokens kept per image (or video; `hiprune info --models` says
+            what of), or the share of them. A budget that reaches the number of tokens leaves the forward stock.
         alpha: share of the budget spent on anchors and buffers (Eq. 3).
         object_layer: 1-based layer whose scores choose the anchors; None takes the family's (CLIP: 9 of 24, scaled to
-            other depths by ``round(9 / 24 * depth)``).
+            other depths by ``round(9 / 24 * depth)``; Qwen-VL: half the depth).
         rule: "paper", "official" (the authors' released code for this family) or "grid".
         neighborhood: "cross", "square", "row" or "none".
         score_queries: "all" (Eq. 2) or "cls": which queries' attention counts.

@@ -29,7 +29,7 @@ class Attention(NamedTuple):
     key: Tensor
     value: Tensor
     scale: float | None
-    key_mask: Tensor | None = None  # [B, N] bool: False for padding, as key and as query
+    key_mask: Tensor | None = None  # [B, N] bool: False for padding, as key and as query; only where nothing is pruned
     cu_seqlens: Tensor | None = None  # [S + 1] int32
 
     def column_scores(self, score_queries: str = "all") -> Tensor:
@@ -37,7 +37,7 @@ class Attention(NamedTuple):
         if self.cu_seqlens is not None:
             return ops.attention_scores_varlen(self.query, self.key, cu_seqlens_q=self.cu_seqlens, scale=self.scale)
         if score_queries == "cls":
-            return ops.attention_scores(self.query[:, :, :1], self.key, scale=self.scale, key_mask=self.key_mask)
+            return ops.attention_scores(self.query[:, :, :1], self.key, scale=self.scale)
         masks = {"key_mask": self.key_mask, "query_mask": self.key_mask}
         return ops.attention_scores(self.query, self.key, scale=self.scale, **masks)
 
@@ -48,8 +48,7 @@ class Attention(NamedTuple):
                 self.query, self.key, self.value, cu_seqlens_q=self.cu_seqlens, scale=self.scale
             )
             return output[None], scores
-        masks = {"key_mask": self.key_mask, "query_mask": self.key_mask}
-        output, scores = ops.attention_with_scores(self.query, self.key, self.value, scale=self.scale, **masks)
+        output, scores = ops.attention_with_scores(self.query, self.key, self.value, scale=self.scale)
         return output.transpose(1, 2), scores
 
     def output_rows(self, rows: Tensor) -> Tensor:
@@ -66,8 +65,7 @@ class Attention(NamedTuple):
             )
             return output.flatten(1)
         query = self.query.gather(2, rows[:, None, :, None].expand(-1, self.query.shape[1], -1, self.query.shape[3]))
-        mask = None if self.key_mask is None else self.key_mask[:, None, None, :]
-        output = F.scaled_dot_product_attention(query, self.key, self.value, attn_mask=mask, scale=self.scale)
+        output = F.scaled_dot_product_attention(query, self.key, self.value, scale=self.scale)
         return output.transpose(1, 2).flatten(2)
 
 

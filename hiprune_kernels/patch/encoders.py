@@ -164,7 +164,6 @@ class EncoderRun:
     deep_scores: Tensor | None = None  # [T]
     indices: Tensor | None = None  # [sum of budgets], counted in T; -1 where a budget could not be filled
     roles: Tensor | None = None  # [T]
-    rows: Tensor | None = None  # the encoder's rows to compute: [B, prefix + K], or [K] packed
     connector_prefix: int = 0  # prefix rows that went through the connector with every image
 
     @property
@@ -440,7 +439,7 @@ def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
     select(run, settings)
     if run.pool is not None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    run.rows = rows = _select_rows(run)
+    rows = _select_rows(run)
     states = family.finish(self, gather_rows(hidden_states, rows), attention.output_rows(rows))
     if family.full_shape:
         states = torch.zeros_like(hidden_states).scatter(1, rows[..., None].expand_as(states), states)

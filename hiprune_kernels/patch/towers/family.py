@@ -57,7 +57,7 @@ def image_grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
     return [(height // patch_height, width // patch_width)] * len(pixel_values)
 
 
-def residual(layer: nn.Module, states: Tensor, update: Tensor, norm: str) -> Tensor:
-    """The two residual sums at the end of a pre-norm layer."""
-    states = states + update
+def finish_layer(layer: nn.Module, states: Tensor, attended: Tensor, *, output: str, norm: str) -> Tensor:
+    """`EncoderFamily.finish` of a pre-norm layer: `output` is the path of its attention's output projection."""
+    states = states + layer.get_submodule(output)(attended)
     return states + layer.mlp(getattr(layer, norm)(states))

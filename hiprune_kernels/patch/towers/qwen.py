@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
 from ..attention import Attention
-from .family import EncoderFamily, Grid, residual
+from .family import EncoderFamily, Grid, finish_layer
 
 
 def _grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
@@ -51,16 +52,12 @@ def _project(
     return Attention(query, key, value, attention.scaling, cu_seqlens=cu_seqlens.to(torch.int32))
 
 
-def _finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    return residual(layer, states, layer.attn.proj(attended), "norm2")
-
-
 _QWEN2 = EncoderFamily(
     name="Qwen2-VL",
     layers="blocks",
     attention="attn",
     project=_project,
-    finish=_finish,
+    finish=partial(finish_layer, output="attn.proj", norm="norm2"),
     grids=_grids,
     unit_rows=_unit_rows,
     packed=True,

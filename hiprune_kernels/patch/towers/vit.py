@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention import Attention, padding_mask, split_heads
-from .family import EncoderFamily, Grid, image_grids, residual
+from ..attention import Attention, split_heads
+from .family import EncoderFamily, Grid, finish_layer, image_grids
 
 
 def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> Iterator[Tensor]:
@@ -17,51 +18,34 @@ def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> 
     return (split_heads(getattr(attention, name)(states), head_dim) for name in names)
 
 
-# ------------------------------------------------------------------------------------------- CLIP, SigLIP and SigLIP 2
+# ------------------------------------------------------------------------------------- CLIP, SigLIP, ViT and DeiT
 
 
-def _clip_project(
-    layer: nn.Module, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+def _plain_project(
+    layer: nn.Module, hidden_states: Tensor, attention_mask: None = None, *, path: str, norm: str, scale: str, **_: Any
 ) -> Attention:
-    attention, normed = layer.self_attn, layer.layer_norm1(hidden_states)
+    """Layers that differ in names only."""
+    attention, normed = layer.get_submodule(path), getattr(layer, norm)(hidden_states)
     heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
-    return Attention(*heads, attention.scale, padding_mask(attention_mask))
-
-
-def _clip_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    return residual(layer, states, layer.self_attn.out_proj(attended), "layer_norm2")
+    return Attention(*heads, getattr(attention, scale))
 
 
 _SIGLIP = EncoderFamily(
     name="SigLIP",
     layers="layers",
     attention="self_attn",
-    project=_clip_project,
-    finish=_clip_finish,
+    project=partial(_plain_project, path="self_attn", norm="layer_norm1", scale="scale"),
+    finish=partial(finish_layer, output="self_attn.out_proj", norm="layer_norm2"),
     grids=image_grids,
     stock_sources={"": "22f28409c86c589b", "self_attn": "66b32085cb786718"},
     notes="SigLIP 2 of a fixed resolution too",
 )
-
-# -------------------------------------------------------------------------------------------------------- ViT and DeiT
-
-
-def _vit_project(layer: nn.Module, hidden_states: Tensor, attention_mask: None, **kwargs: Any) -> Attention:
-    attention, normed = layer.attention, layer.layernorm_before(hidden_states)
-    heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
-    return Attention(*heads, attention.scaling)
-
-
-def _vit_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    return residual(layer, states, layer.attention.o_proj(attended), "layernorm_after")
-
-
 _VIT = EncoderFamily(
     name="ViT",
     layers="layers",
     attention="attention",
-    project=_vit_project,
-    finish=_vit_finish,
+    project=partial(_plain_project, path="attention", norm="layernorm_before", scale="scaling"),
+    finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after"),
     grids=image_grids,
     num_prefix_tokens=lambda config: 1,
     stock_sources={"": "33a0d8fea42bee15", "attention": "54ffa42620ce6e40"},
@@ -118,10 +102,6 @@ def _jepa_project(
     return Attention(query, key, value, attention.scaling)
 
 
-def _jepa_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    return residual(layer, states, layer.attention.proj(attended), "norm2")
-
-
 # ------------------------------------------------------------------------------------------------------------ InternVL
 
 
@@ -167,7 +147,7 @@ FAMILIES = {
         not_in=("VJEPA2Predictor",),
         attention="attention",
         project=_jepa_project,
-        finish=_jepa_finish,
+        finish=partial(finish_layer, output="attention.proj", norm="norm2"),
         grids=_video_grids,
         returns_tuple=True,
         stock_sources={"": "d19a8e5f7ae0edfc", "attention": "ea82d862af8aa333"},
