@@ -112,7 +112,9 @@ def features_of(model, inputs: dict, token: int) -> tuple[Tensor, list[Tensor]]:
     get = model.get_image_features if token == IMAGE_TOKEN else model.get_video_features
     with torch.no_grad():
         output = get(pixels, grid_thw, return_dict=True)
-    return torch.cat(list(output.pooler_output)), list(getattr(output, "deepstack_features", None) or [])
+    deepstack = getattr(output, "deepstack_features", None) or []  # of each level all images, or a tuple of images
+    levels = [level if isinstance(level, Tensor) else torch.cat(list(level)) for level in deepstack]
+    return torch.cat(list(output.pooler_output)), levels
 
 
 def pruned_rows(model, inputs: dict, selections: dict[int, list[tuple[Tensor, Tensor]]]) -> list[Row]:

@@ -253,8 +253,9 @@ def rows_by_hand(model, inputs, selections):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_processor_output_as_it_is(name):
+def test_processor_output_as_it_is(name, monkeypatch):
     """Photographs and text in, through the whole processor; out come the tokens of explicitly pruned prompts."""
+    monkeypatch.setattr(transformers, "VideoProcessorMixin", NoVideos, raising=False)  # 5.23 looks for it
     build, processor, mark = PROCESSORS[name]
     stock = build()
     texts = [f"w5 w6 {mark} w7 w8 w9", f"w4 {mark} w11"]

@@ -10,6 +10,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import IMAGE_TOKEN, VLM_CASES
 from patch_reference import one_thread  # noqa: F401
+from transformers import GenerationMixin
 
 from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, is_patched, last_selection, remove_hiprune
 
@@ -201,3 +202,58 @@ def test_what_a_pruned_forward_refuses(case):
         run(model, inputs)
     with pytest.raises(ValueError, match="expected a patched model"):
         remove_hiprune(copy.deepcopy(stock))
+
+
+# --------------------------------------------------------------------- features that are encoded ahead of the prefill
+
+
+def encode(model, inputs):
+    """Features of images and videos as `generate` of transformers from 5.18 on hands them to the forward."""
+    inputs = dict(inputs)
+    prepare = model._prepare_multimodal_encoder_kwargs_for_generation
+    with torch.no_grad():
+        return prepare({name: inputs[name] for name in inputs if name != "input_ids"})
+
+
+encodes_ahead = pytest.mark.skipif(
+    not hasattr(GenerationMixin, "_prepare_multimodal_encoder_kwargs_for_generation"),
+    reason="transformers before 5.18 encodes images in the forward",
+)
+
+
+@encodes_ahead
+def test_features_of_the_caller_s_are_not_pruned(case):
+    """They were computed outside of any call: all of them are there, and all are used."""
+    stock, inputs, *_ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    ours, theirs = ({"input_ids": inputs["input_ids"], **encode(each, inputs)} for each in (model, stock))
+    assert torch.equal(run(model, ours), run(stock, theirs))
+    assert torch.equal(tokens(model, ours), tokens(stock, theirs))
+    assert last_selection(model) == []
+
+
+def rows(args, kwargs):
+    """How much goes into an encoder."""
+    return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+
+
+@encodes_ahead
+def test_beams_share_one_run_of_the_encoder(case):
+    stock, inputs, _, expected = case
+    model, runs = apply_hiprune(copy.deepcopy(stock), retention=SHARE), []
+    for tower in model.model._hiprune.towers:
+        tower.encoder.register_forward_pre_hook(
+            lambda _, args, kwargs: runs.append(rows(args, kwargs)), with_kwargs=True
+        )
+    assert torch.equal(tokens(model, inputs), expected)
+    once = runs.copy()
+    assert tokens(model, inputs, num_beams=3).shape == expected.shape
+    assert runs == once + once and once
+
+
+def test_attention_maps_of_generate_are_refused(case):
+    stock, inputs, *_ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="output_attentions: a pruned forward has no full attention maps"):
+        model.generate(**inputs, **GREEDY, output_attentions=True, return_dict_in_generate=True)

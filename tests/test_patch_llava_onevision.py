@@ -145,8 +145,9 @@ def stock_features(stock, inputs):
             features[IMAGE_TOKEN] = torch.cat(stock.get_image_features(**given).pooler_output)
         if "pixel_values_videos" in inputs:
             videos = stock.get_video_features(inputs["pixel_values_videos"]).pooler_output
-            newline = stock.model.image_newline.expand(len(videos), 1, -1)
-            features[VIDEO_TOKEN] = torch.cat([videos, newline], dim=1).flatten(0, 1).detach()
+            if videos.shape[1] % 9 == 0:  # transformers before 5.18 adds the newline later
+                videos = torch.cat([videos, stock.model.image_newline.expand(len(videos), 1, -1)], dim=1)
+            features[VIDEO_TOKEN] = videos.flatten(0, 1).detach()
     return features
 
 

@@ -395,6 +395,14 @@ def test_second_turn(kind, stock, patched, shown, only_new):
         turn |= {name: whole[name] for name in KINDS[VIDEO_TOKEN]}
     if only_new:  # the last token of the answer is not in the cache yet
         turn |= {name: turn[name][:, length - 1 :] for name in ("input_ids", "mm_token_type_ids")}
+    cache = stock.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values
+    try:
+        stock.generate(**turn, **GREEDY, past_key_values=cache)
+    except (StopIteration, TypeError) as error:  # transformers from 5.23 on, where whole ids show something new
+        assert shown and not only_new
+        with pytest.raises(type(error)):
+            new_tokens(patched, turn, past_key_values=answer.past_key_values)
+        return
     assert torch.equal(new_tokens(patched, turn, past_key_values=answer.past_key_values), expected)
 
 

@@ -155,8 +155,8 @@ def test_every_re_implemented_forward_has_its_digest(name):
     if "recording only" in family.notes:
         return
     assert {"", family.attention} <= set(family.stock_sources)
-    for path, digest in family.stock_sources.items():
-        assert source_digest(type(layers[0].get_submodule(path)).forward) == digest
+    for path, known in family.stock_sources.items():
+        assert source_digest(type(layers[0].get_submodule(path)).forward) in known
 
 
 # ------------------------------------------------------------------------------------------------------------- clips

@@ -52,11 +52,6 @@ def _of_head(ptr, strides, batch, head, ALIGN: tl.constexpr):
 
 
 @triton.jit
-def _of_batch(ptr, strides, batch):
-    return ptr if ptr is None else ptr + tl.cast(batch, tl.int64) * strides[0]
-
-
-@triton.jit
 def _tile(
     ptr,
     first_row,
@@ -111,13 +106,13 @@ def _store(ptr, first_row, stride, valid, x1, x2, D: tl.constexpr, ALIGN: tl.con
 
 
 @triton.jit
-def _valid_rows(first, length, start, mask_ptr, mask_strides, BLOCK: tl.constexpr):
+def _valid_rows(first, length, start, mask_ptr, mask_strides, batch, BLOCK: tl.constexpr):
     """Which of the rows first .. first + BLOCK - 1 of a sequence exist and are not masked: [BLOCK]."""
     rows = first + tl.arange(0, BLOCK)
     valid = rows < length
     if mask_ptr is not None:
-        ptrs = mask_ptr + tl.cast(start + first, tl.int64) * mask_strides[1] + tl.arange(0, BLOCK) * mask_strides[1]
-        valid = tl.load(ptrs, mask=valid, other=0) != 0
+        mask_ptr += tl.cast(batch, tl.int64) * mask_strides[0] + tl.cast(start + first, tl.int64) * mask_strides[1]
+        valid = tl.load(mask_ptr + tl.arange(0, BLOCK) * mask_strides[1], mask=valid, other=0) != 0
     return valid
 
 
@@ -211,7 +206,6 @@ def attention_kernel(
     end = length_k
     if CAUSAL:
         end = tl.minimum(length_k, first_m + BLOCK_M + shift)
-    key_mask_ptr = _of_batch(key_mask_ptr, key_mask_strides, batch)
     q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
     if NEGATE:
         q1, q2 = -q1, -q2
@@ -240,7 +234,7 @@ def attention_kernel(
         )
     for first_n in range(full, end, BLOCK_N):
         columns = first_n + tl.arange(0, BLOCK_N)
-        valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, BLOCK_N)
+        valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, batch, BLOCK_N)
         k1, k2 = _load(k_ptr, start_k + first_n, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
         visible = valid[None, :]
         if CAUSAL:
@@ -266,13 +260,12 @@ def attention_kernel(
     if partial_ptr is not None:
         counted = exists
         if query_mask_ptr is not None:
-            query_mask_ptr = _of_batch(query_mask_ptr, query_mask_strides, batch)
-            counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, BLOCK_M)
+            counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
         top, weight = tl.where(counted, top, float("inf")), tl.where(counted, weight, 0.0)
         partial_ptr += ((tl.cast(batch, tl.int64) * heads + head) * tl.cdiv(M, BLOCK_M) + first_m // BLOCK_M) * N
         for first_n in range(0, end, BLOCK_N):
             columns = first_n + tl.arange(0, BLOCK_N)
-            valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, BLOCK_N)
+            valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, batch, BLOCK_N)
             k1, k2 = _load(k_ptr, start_k + first_n, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
             p = tl.exp2(_product(k1, k2, q1, q2, D2) * logit_scale - top[None, :]) * weight[None, :]
             if CAUSAL:
@@ -322,8 +315,7 @@ def strip_kernel(
     batch, head, first_m, _, _, _, _ = _locate(tl.program_id(0), heads, M, N, None, None, 0, BLOCK_M)
     rows, columns = first_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     exists = rows < M
-    key_mask_ptr = _of_batch(key_mask_ptr, key_mask_strides, batch)
-    valid = _valid_rows(0, N, 0, key_mask_ptr, key_mask_strides, BLOCK_N)
+    valid = _valid_rows(0, N, 0, key_mask_ptr, key_mask_strides, batch, BLOCK_N)
     visible = valid[None, :]
     if CAUSAL:
         visible = visible & (columns[None, :] <= rows[:, None] + (N - M))
@@ -345,8 +337,7 @@ def strip_kernel(
 
     counted = exists
     if query_mask_ptr is not None:
-        query_mask_ptr = _of_batch(query_mask_ptr, query_mask_strides, batch)
-        counted = _valid_rows(first_m, M, 0, query_mask_ptr, query_mask_strides, BLOCK_M)
+        counted = _valid_rows(first_m, M, 0, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
     probabilities = p * tl.where(counted, inverse, 0.0)[:, None]
     if query_mask_ptr is not None:
         probabilities = tl.where(counted[:, None], probabilities, 0.0)
@@ -415,10 +406,8 @@ def scores_kernel(
     top_ptr = _of_head(top_ptr, top_strides, batch, head, 1) + start_q
     if weight_ptr is not None:
         weight_ptr = _of_head(weight_ptr, top_strides, batch, head, 1) + start_q
-    key_mask_ptr = _of_batch(key_mask_ptr, key_mask_strides, batch)
-    query_mask_ptr = _of_batch(query_mask_ptr, query_mask_strides, batch)
     columns = first_n + tl.arange(0, BLOCK_N)
-    valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, BLOCK_N)
+    valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, batch, BLOCK_N)
     k1, k2 = _load(k_ptr, start_k + first_n, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
     if NEGATE:
         k1, k2 = -k1, -k2
@@ -432,7 +421,7 @@ def scores_kernel(
     for first_m in range(begin, end, BLOCK_M):
         rows = first_m + tl.arange(0, BLOCK_M)
         exists = rows < length_q
-        counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, BLOCK_M)
+        counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
         q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
         top = tl.load(top_ptr + rows, mask=counted, other=float("inf")) * top_scale
         p = tl.exp2(_product(q1, q2, k1, k2, D2) * logit_scale - top[:, None])

@@ -15,12 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .edits import Edits
-from .encoders import Call, bind, current_call, forward_names
+from .encoders import ENCODED, PATCH, Call, bind, current_call, forward_names, open_call
 
 _PLAN = "_hiprune_plan"
 
@@ -166,9 +165,11 @@ def _keep_mask(call: Call) -> Tensor:
     keep = None
     for token_id, kept in call.kept():
         places = _placeholders(call.patch.host, call.arguments, token_id)
+        beams = 1 if call.prompts is None else len(places) // call.prompts  # equal rows, one behind the other
+        places = places[::beams]
         keep = torch.ones_like(places) if keep is None else keep
         keep = keep.masked_scatter(places, kept.to(places.device))
-    return keep
+    return keep.repeat_interleave(beams, dim=0)
 
 
 def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool) -> tuple[dict[str, Any], Plan]:
@@ -334,8 +335,32 @@ def create_masks_for_generate(
     )
 
 
+def _maybe_prepare_encoder_kwargs_for_generation(
+    self: nn.Module,
+    inputs_tensor: Tensor,
+    model_kwargs: dict[str, Any],
+    model_input_name: str | None,
+    generation_config: Any,
+) -> dict[str, Any]:
+    """Stock from transformers 5.18 on: images are encoded ahead of the prefill, once for all beams.
+
+    What was selected in them travels with their features to the forward that prunes.
+    """
+    arguments = {**model_kwargs, "output_attentions": generation_config.output_attentions}
+    call = Call(self.base_model.__dict__[PATCH], arguments, prompts=len(inputs_tensor))
+    with open_call(call):
+        model_kwargs = type(self)._maybe_prepare_encoder_kwargs_for_generation(
+            self, inputs_tensor, model_kwargs, model_input_name, generation_config
+        )
+    if call.runs:
+        model_kwargs["mm_encoder_outputs"][ENCODED] = call
+    return model_kwargs
+
+
 def _has_images(kwargs: dict[str, Any]) -> bool:
     """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
+    if ENCODED in (kwargs.get("mm_encoder_outputs") or {}):
+        return True
     return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
 
 
@@ -364,19 +389,13 @@ def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
-    """Patch the language side of `model` (with the head, or `host` itself).
-
-    Raises:
-        ValueError: if its `generate` would run the vision side before, and outside of, the forward that prunes.
-    """
-    if hasattr(model, "_prepare_multimodal_encoder_kwargs_for_generation"):
-        raise ValueError(
-            "model: expected one of transformers before 5.18, whose generate() leaves images to the model's forward, "
-            f"got one of {transformers.__version__}"
-        )
+    """Patch the language side of `model` (with the head, or `host` itself)."""
     edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
     edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
     if model is not host:
         edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
         for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
             edits.set_method(model, function.__name__, function)
+        encode = _maybe_prepare_encoder_kwargs_for_generation
+        if hasattr(model, encode.__name__):
+            edits.set_method(model, encode.__name__, encode)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ from .edits import Edits
 from .towers import EncoderFamily, Grid
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
+ENCODED = "hiprune"  # in `mm_encoder_outputs`, beside features that `generate` encoded ahead: the Call that made them
 _REGISTER = 3
 
 
@@ -187,6 +189,7 @@ class Call:
 
     patch: Patch
     arguments: dict[str, Any]
+    prompts: int | None = None  # how many the encoded images belong to, where that happened ahead of the forward
     runs: list[EncoderRun] = field(default_factory=list)
     plan: Any = None  # of the language side
 
@@ -231,19 +234,31 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+@contextmanager
+def open_call(call: Call) -> Iterator[None]:
+    """Let `call` be the current one."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
 def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, inside an open call. A wrapper rather than two hooks, so that even an interrupt closes it."""
     patch: Patch = self.__dict__[PATCH]
     call = Call(patch, bind(patch.argument_names, args, kwargs))
+    encoded = (call.arguments.get("mm_encoder_outputs") or {}).get(ENCODED)
+    if encoded is not None:
+        call.runs, call.prompts = encoded.runs, encoded.prompts
     forward = encoder_forward if any(tower.encoder is self for tower in patch.towers) else type(self).forward
-    token = _CALL.set(call)
-    try:
+    with open_call(call):
         output = forward(self, *args, **kwargs)
-    finally:
-        _CALL.reset(token)
     if call.runs:
         patch.last = [selection for run in call.runs for selection in _selections(run)]
-    return patch.family.finish(call, output) if call.prunes else output
+    if not call.prunes or encoded is not None:  # `generate` reads no features
+        return output
+    return patch.family.finish(call, output)
 
 
 def _selections(run: EncoderRun) -> list[Selection]:
@@ -315,10 +330,9 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
 
 
 def _of_videos(call: Call) -> bool:
-    """Whether the run that begins is one of videos. Stock code takes the arguments with pixels in their order."""
-    named = [name for name in call.patch.argument_names if name.startswith("pixel_values")]
-    given = [name for name in named if call.arguments.get(name) is not None]
-    return len(call.runs) < len(given) and given[len(call.runs)].endswith("videos")
+    """Whether the run that begins is one of videos, which come behind images in all stock code."""
+    given = [name for name, value in call.arguments.items() if name.startswith("pixel_values") and value is not None]
+    return len(call.runs) >= sum(not name.endswith("videos") for name in given) and len(call.runs) < len(given)
 
 
 def _take_out_padding(run: EncoderRun) -> None:

@@ -35,8 +35,31 @@ def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
     return (text.to(embeds.device) + plan.rope_deltas.to(embeds.device)).expand(3, batch, new)
 
 
+class _FullLength:
+    """Stands for a pruned cache where stock code asks how much of a prompt is in it."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+def _prepare_position_ids_for_generation(
+    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+) -> Tensor:
+    """Stock, which looks behind what is cached for new images, and is to count the pruned tokens as cached."""
+    cache = model_kwargs.get("past_key_values")
+    plan = live_plan(cache)
+    if plan is not None:
+        model_kwargs = {**model_kwargs, "past_key_values": _FullLength(cache.get_seq_length() + plan.gone)}
+    return type(self)._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
+
+
 def _install(edits: Edits, model: nn.Module, host: nn.Module) -> None:
     edits.set_method(host, "compute_3d_position_ids", compute_3d_position_ids)
+    if model is not host:
+        edits.set_method(model, "_prepare_position_ids_for_generation", _prepare_position_ids_for_generation)
 
 
 _QWEN2 = ModelFamily(

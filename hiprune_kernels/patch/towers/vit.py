@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from transformers.models.dinov2 import modeling_dinov2
 
 from ..attention import Attention, split_heads
 from .family import EncoderFamily, Grid, finish_layer, image_grids
@@ -37,7 +38,7 @@ _SIGLIP = EncoderFamily(
     project=partial(_plain_project, path="self_attn", norm="layer_norm1", scale="scale"),
     finish=partial(finish_layer, output="self_attn.out_proj", norm="layer_norm2"),
     grids=image_grids,
-    stock_sources={"": "22f28409c86c589b", "self_attn": "66b32085cb786718"},
+    stock_sources={"": ("22f28409c86c589b", "e2aec042a10f7e92"), "self_attn": ("66b32085cb786718",)},
     notes="SigLIP 2 of a fixed resolution too",
 )
 _VIT = EncoderFamily(
@@ -48,38 +49,53 @@ _VIT = EncoderFamily(
     finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after"),
     grids=image_grids,
     num_prefix_tokens=lambda config: 1,
-    stock_sources={"": "33a0d8fea42bee15", "attention": "54ffa42620ce6e40"},
+    stock_sources={"": ("33a0d8fea42bee15",), "attention": ("54ffa42620ce6e40",)},
 )
 
 # -------------------------------------------------------------------------------------------------------------- DINOv2
 
 
-def _dino_project(layer: nn.Module, hidden_states: Tensor) -> Attention:
+def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+    states = states + layer.layer_scale1(layer.attention.o_proj(attended))
+    return states + layer.layer_scale2(layer.mlp(layer.norm2(states)))
+
+
+_DINO = EncoderFamily(
+    name="DINOv2",
+    layers="layer",
+    attention="attention",
+    project=partial(_plain_project, path="attention", norm="norm1", scale="scaling"),
+    finish=_dino_finish,
+    grids=image_grids,
+    num_prefix_tokens=lambda config: 1,
+    stock_sources={"": ("8bc4464926131039",), "attention": ("54ffa42620ce6e40",)},
+)
+
+
+def _dino_project_before_518(layer: nn.Module, hidden_states: Tensor) -> Attention:
     attention, normed = layer.attention.attention, layer.norm1(hidden_states)
     heads = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
     return Attention(*heads, attention.scaling)
 
 
-def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+def _dino_finish_before_518(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
     states = states + layer.layer_scale1(layer.attention.output(attended, states))
     return states + layer.layer_scale2(layer.mlp(layer.norm2(states)))
 
 
-_DINO_ATTENTION = {
-    "attention": "5e55886bb0f86a88",
-    "attention.attention": "3b4843d44666499d",
-    "attention.output": "c70c646c36bf6a70",
-}
-_DINO = EncoderFamily(
-    name="DINOv2",
-    layers="layer",
-    attention="attention.attention",
-    project=_dino_project,
-    finish=_dino_finish,
-    grids=image_grids,
-    num_prefix_tokens=lambda config: 1,
-    stock_sources={"": "d16dd36a9c429bf1", **_DINO_ATTENTION},
-)
+if hasattr(modeling_dinov2, "Dinov2SelfAttention"):  # transformers before 5.18
+    _DINO = replace(
+        _DINO,
+        attention="attention.attention",
+        project=_dino_project_before_518,
+        finish=_dino_finish_before_518,
+        stock_sources={
+            "": ("d16dd36a9c429bf1", "07ab6acd36ef560d"),  # without and with registers
+            "attention": ("5e55886bb0f86a88",),
+            "attention.attention": ("3b4843d44666499d",),
+            "attention.output": ("c70c646c36bf6a70",),
+        },
+    )
 
 # ------------------------------------------------------------------------------------------------------------ V-JEPA 2
 
@@ -123,7 +139,7 @@ FAMILIES = {
         _SIGLIP,
         name="CLIP",
         num_prefix_tokens=lambda config: 1,
-        stock_sources={"": "9c77f9ba2eeb4169", "self_attn": "45fb45ce967c253b"},
+        stock_sources={"": ("9c77f9ba2eeb4169", "75b63a9d281a8af0"), "self_attn": ("45fb45ce967c253b",)},
         notes="",
     ),
     "siglip_vision_model": _SIGLIP,
@@ -139,7 +155,6 @@ FAMILIES = {
         _DINO,
         name="DINOv2 with registers",
         num_prefix_tokens=lambda config: 1 + config.num_register_tokens,
-        stock_sources={"": "07ab6acd36ef560d", **_DINO_ATTENTION},
     ),
     "vjepa2": EncoderFamily(
         name="V-JEPA 2",
@@ -150,7 +165,7 @@ FAMILIES = {
         finish=partial(finish_layer, output="attention.proj", norm="norm2"),
         grids=_video_grids,
         returns_tuple=True,
-        stock_sources={"": "d19a8e5f7ae0edfc", "attention": "ea82d862af8aa333"},
+        stock_sources={"": ("d19a8e5f7ae0edfc",), "attention": ("ea82d862af8aa333",)},
     ),
     "internvl_vision": EncoderFamily(
         name="InternVL",
@@ -161,7 +176,7 @@ FAMILIES = {
         grids=image_grids,
         num_prefix_tokens=lambda config: 1,
         full_shape=True,
-        stock_sources={"": "89b20d4de9a92bf8", "attention": "5660dd73dd5b6fe9"},
+        stock_sources={"": ("89b20d4de9a92bf8", "669cf6d027dd95db"), "attention": ("5660dd73dd5b6fe9",)},
         notes="pruned as a part of InternVL, not by itself",
     ),
 }
