@@ -336,22 +336,16 @@ def create_masks_for_generate(
 
 
 def _maybe_prepare_encoder_kwargs_for_generation(
-    self: nn.Module,
-    inputs_tensor: Tensor,
-    model_kwargs: dict[str, Any],
-    model_input_name: str | None,
-    generation_config: Any,
+    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
 ) -> dict[str, Any]:
     """Stock from transformers 5.18 on: images are encoded ahead of the prefill, once for all beams.
 
     What was selected in them travels with their features to the forward that prunes.
     """
-    arguments = {**model_kwargs, "output_attentions": generation_config.output_attentions}
-    call = Call(self.base_model.__dict__[PATCH], arguments, prompts=len(inputs_tensor))
+    call = Call(self.base_model.__dict__[PATCH], dict(model_kwargs), prompts=len(inputs_tensor))
     with open_call(call):
-        model_kwargs = type(self)._maybe_prepare_encoder_kwargs_for_generation(
-            self, inputs_tensor, model_kwargs, model_input_name, generation_config
-        )
+        encode = type(self)._maybe_prepare_encoder_kwargs_for_generation
+        model_kwargs = encode(self, inputs_tensor, model_kwargs, *args, **kwargs)
     if call.runs:
         model_kwargs["mm_encoder_outputs"][ENCODED] = call
     return model_kwargs

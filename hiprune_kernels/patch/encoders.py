@@ -332,7 +332,8 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
 def _of_videos(call: Call) -> bool:
     """Whether the run that begins is one of videos, which come behind images in all stock code."""
     given = [name for name, value in call.arguments.items() if name.startswith("pixel_values") and value is not None]
-    return len(call.runs) >= sum(not name.endswith("videos") for name in given) and len(call.runs) < len(given)
+    images = sum(not name.endswith("videos") for name in given)
+    return images <= len(call.runs) < len(given)
 
 
 def _take_out_padding(run: EncoderRun) -> None:
