@@ -22,7 +22,7 @@ from . import attention, ways
 from .attention import SCORE_TOLERANCE, SHAPES, exact, inputs, relative_error
 from .context import Case, Context, Row, UnavailableError
 
-PATHS = ("strip", "sweeps", "passes", "flash", "cudnn")
+PATHS = ("strip", "sweeps", "passes", *kernels.BORROWED)
 PATH_SHAPES = (
     "CLIP-L B=1",
     "CLIP-L B=8",

@@ -44,6 +44,18 @@ def machine(context: Context) -> dict[str, Any]:
     return found | {"rates": {name: _jsonable(rate) for name, rate in context.rates._asdict().items()}}
 
 
+def launch_gap() -> str:
+    """Why Triton can launch nothing here, or nothing. It builds what passes arguments on the first use."""
+    try:
+        import triton
+
+        _ = triton.runtime.driver.active.utils
+    except Exception as error:  # no driver, no compiler, no headers: all are met here
+        words = f"{type(error).__name__}: {first_line(error)}"
+        return f"Triton cannot launch kernels; it needs a CUDA driver, a C compiler and Python.h ({words})"
+    return ""
+
+
 def run_section(
     section: str, context: Context, emit: Emit, skip: Collection[str] = (), seconds: float = math.inf
 ) -> None:
@@ -113,6 +125,9 @@ def main() -> int:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
+        if gap := launch_gap():
+            emit({"fatal": gap})
+            return 1
     began = time.monotonic()
     context = Context(device, clock_for(device), options.quick, options.flush_l2)
     emit({"machine": machine(context)})

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,19 +318,26 @@ def test_how_pytest_ended(suite, monkeypatch):
     assert counts.summary(1)["reason"] == "pytest is not installed" and counts.summary(1)["status"] == "skipped"
 
 
-def test_the_command_runs_the_gpu_tests_and_nothing_else(suite, tmp_path, monkeypatch):
+def test_the_command_runs_the_gpu_tests_and_nothing_else(suite, tmp_path):
     command = suite.gpu_tests.command("python", quick=False)
-    assert command[:6] == ["python", "-m", "pytest", "tests", "-m", "gpu"] and "-v" in command
-    collect = suite.gpu_tests.command(sys.executable, quick=True)
-    here = [Path(__file__).parent.relative_to(ROOT).as_posix() if word == "tests" else word for word in collect]
-    monkeypatch.setattr(suite.gpu_tests, "command", lambda python, quick: here)
+    assert command[:3] == ["python", "-m", "pytest"] and "-v" in command
     made, _ = a_suite(suite, tmp_path, quick=True, device="cpu")
     record = {}
     made._tests("tests", record, time.monotonic() + 60.0)
     assert record["status"] == "done"
     listed = (tmp_path / "tests.log").read_text()
+    assert "tests/test_gpu_attention.py::test_compiled" in listed
     assert "tests/gpu_suite/test_measuring.py::test_the_cuda_clock_on_a_gpu" in listed
-    assert "tests/gpu_suite/test_running.py::test_commit_from_git_files" not in listed
+    assert "tests/gpu_suite/test_measuring.py::test_h200_floors" not in listed
+
+
+def test_a_file_that_does_not_import_keeps_no_gpu_test_from_running(suite, tmp_path, monkeypatch):
+    files = {"test_gpu_a.py": "import pytest\npytestmark = pytest.mark.gpu", "test_b.py": "import absent"}
+    (tmp_path / "tests").mkdir()
+    for name, text in files.items():
+        (tmp_path / "tests" / name).write_text(text)
+    monkeypatch.setattr(suite.gpu_tests, "ROOT", tmp_path)
+    assert suite.gpu_tests.command("python", quick=False)[3:5] == ["tests/test_gpu_a.py", "-m"]
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -486,6 +494,20 @@ def test_without_a_gpu_it_fails_and_says_why(suite, tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 1
     assert run.stdout == '@event {"fatal": "PyTorch finds no CUDA device"}\n'
+
+
+def test_what_triton_lacks_to_launch_is_named(suite, monkeypatch):
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+    class Active:
+        @property
+        def utils(self):
+            raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(triton.runtime, "driver", SimpleNamespace(active=Active()))
+    assert suite.worker.launch_gap().endswith("C compiler and Python.h (RuntimeError: Failed to find C compiler.)")
+    monkeypatch.setattr(Active, "utils", None)
+    assert suite.worker.launch_gap() == ""
 
 
 def test_every_path_of_the_kernels_in_tritons_interpreter():
