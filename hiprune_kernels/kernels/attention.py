@@ -11,6 +11,7 @@ path:
              owns a block of keys, adds up probabilities elementwise and reduces over rows once, at the end (a
              reduction per step costs twice the instructions). For many keys, and for packed sequences.
     flash, cudnn    as passes, with output and log-sum-exp (LSE) from PyTorch's own attention.
+    flash_attn      as passes, with both from the flash-attn package; not measured yet, so the table does not choose it.
 
 Nothing is added atomically: partial scores stand in fixed slots, [B, Hq, slots, N], and are added in a fixed order.
 Block shapes and slots follow from (M, N, H, D, dtype, architecture), never from the batch, so results are the same bits
@@ -32,7 +33,7 @@ from torch import Tensor
 from .attention_kernels import attention_kernel, reduce_kernel, scores_kernel, strip_kernel
 
 LOG2_E = math.log2(math.e)  # the kernels work in base 2
-BORROWED = ("flash", "cudnn")
+BORROWED = ("flash", "cudnn", "flash_attn")
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
@@ -172,9 +173,11 @@ def _reduced(partial: Tensor, per_head: bool, factor: float, launch: Callable) -
     return scores
 
 
-def _borrowable(query: Tensor, key: Tensor, value: Tensor, causal: bool, key_mask: Tensor | None) -> bool:
+def _borrowable(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, causal: bool) -> bool:
     """Whether PyTorch's flash attention covers the call (`plan` says whether it is wanted)."""
     (_, heads, M, D), (_, heads_k, N, _) = query.shape, key.shape
+    if scale <= 0:  # it takes the largest logit before it scales
+        return False
     if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8:
         return False
     if causal and M != N:  # aligned otherwise there
@@ -186,8 +189,14 @@ def _borrowable(query: Tensor, key: Tensor, value: Tensor, causal: bool, key_mas
 def _borrowed(
     path: str, query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """PyTorch's attention: output and natural LSE [B, H, M]."""
-    if path == "flash":
+    """Another's attention: output and natural LSE [B, H, M]."""
+    if path == "flash_attn":
+        from flash_attn import flash_attn_func
+
+        rows_first = (x.transpose(1, 2) for x in (query, key, value))
+        output, lse, _ = flash_attn_func(*rows_first, softmax_scale=scale, causal=causal, return_attn_probs=True)
+        output = output.transpose(1, 2)
+    elif path == "flash":
         forward = torch.ops.aten._scaled_dot_product_flash_attention.default
         output, lse, *_ = forward(query, key, value, is_causal=causal, scale=scale)
     else:
@@ -233,7 +242,7 @@ def attention(
         return output, query.new_zeros(shape, dtype=torch.float32)
 
     scale = D**-0.5 if scale is None else scale
-    borrow = value is not None and not packed and _borrowable(query, key, value, causal, key_mask)
+    borrow = value is not None and not packed and _borrowable(query, key, value, key_mask, scale, causal)
     chosen = plan(M, N, heads, D, query.dtype, architecture, packed=packed, borrow=borrow, path=path)
     output = None if value is None or chosen.path in BORROWED else _empty_output(query, packed)
     D1, D2 = _split_head_dim(D)

@@ -2,9 +2,12 @@
 
 import functools
 import math
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import check_output, check_scores, draw, draw_mask, draw_packed, expected
 
 from hiprune_kernels import reference
@@ -319,6 +322,45 @@ def test_borrowed_attention(monkeypatch, causal):
     output, scores = attend(query, key, value, causal=causal, query_mask=None, path="flash")
     check_output(output, wanted[0], torch.float16)
     check_scores(scores, wanted[1])
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("M, N", [(70, 100), (100, 70)])
+def test_the_flash_attn_package(monkeypatch, M, N, causal):
+    """[B, M, H, D], fewer key heads, the causal diagonal in the last corner; rows without keys have an LSE of inf."""
+    query, key, value = draw(2, 4, 2, M, N, 16, dtype=torch.float16)
+
+    def flash_attn_func(q, k, v, softmax_scale, causal, return_attn_probs):
+        assert return_attn_probs and q.shape == (2, M, 4, 16) and k.shape == v.shape == (2, N, 2, 16)
+        q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(2, dim=1) for x in (k, v))
+        visible = torch.ones(M, N, dtype=torch.bool).tril(N - M if causal else N)
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=visible, scale=softmax_scale).nan_to_num()
+        logits = (q.double() @ k.double().transpose(2, 3) * softmax_scale).masked_fill(~visible, -math.inf)
+        lse = torch.where(visible.any(1), logits.logsumexp(-1), math.inf)
+        return output.transpose(1, 2).contiguous(), lse.float(), None
+
+    monkeypatch.setitem(sys.modules, "flash_attn", SimpleNamespace(flash_attn_func=flash_attn_func))
+    wanted = expected(query, key, value, scale=0.4, causal=causal)
+    output, scores = attend(query, key, value, scale=0.4, causal=causal, path="flash_attn")
+    check_output(output, wanted[0], torch.float16)
+    check_scores(scores, wanted[1])
+    assert output.transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("scale, borrowed", [(None, True), (0.2, True), (0.0, False), (-0.2, False)])
+def test_only_positive_scales_are_borrowed(monkeypatch, scale, borrowed):
+    query = torch.empty(1, 16, 2048, 64, dtype=torch.float16, device="meta")
+    paths = []
+
+    def borrow(path, query, *rest):
+        paths.append(path)
+        return query, query[..., 0].float()
+
+    monkeypatch.setattr(launcher, "_borrowed", borrow)
+    settings = (scale, False, False, 1.0)
+    tensors = (query, query, query, None, None, None, None)
+    launcher.attention(*tensors, *settings, architecture=80, launch=lambda *launch: None)
+    assert paths == ["flash"] * borrowed
 
 
 def test_the_table():
