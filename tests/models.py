@@ -27,6 +27,10 @@ from transformers import (
     Qwen2Config,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -324,27 +328,35 @@ _QWEN_CLASSES = {
     "qwen2.5": (Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration),
     "qwen3": (Qwen3VLConfig, Qwen3VLForConditionalGeneration),
     "qwen3 moe": (Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration),
+    "qwen3.5": (Qwen3_5Config, Qwen3_5ForConditionalGeneration),
+    "qwen3.5 moe": (Qwen3_5MoeConfig, Qwen3_5MoeForConditionalGeneration),
 }
 _QWEN_VISION = {
     "qwen2": {"embed_dim": 64, "hidden_size": 48, "mlp_ratio": 2},
     "qwen2.5": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48, "window_size": 16},
     "qwen3": {"hidden_size": 64, "intermediate_size": 96, "out_hidden_size": 48, "num_position_embeddings": 25},
 }
+_QWEN_VISION["qwen3.5"] = _QWEN_VISION["qwen3"]
 
 
 def tiny_qwen(kind: str, seed: int = 0, implementation: str = "sdpa", **vision) -> PreTrainedModel:
-    """A Qwen-VL ("qwen2", "qwen2.5", "qwen3", "qwen3 moe") with patches of 4 pixels, windows of 2 x 2 tokens."""
+    """A Qwen-VL of one of `_QWEN_CLASSES`, with patches of 4 pixels and windows of 2 x 2 tokens."""
     torch.manual_seed(seed)
     config_class, model_class = _QWEN_CLASSES[kind]
     common = {"depth": QWEN_DEPTH, "num_heads": 4, "patch_size": 4, "initializer_range": 0.2}
     if kind == "qwen2.5":
         common["fullatt_block_indexes"] = [1, 3]
-    if kind.startswith("qwen3"):
+    if kind in ("qwen3", "qwen3 moe"):
         common["deepstack_visual_indexes"] = [0, 2]
     text = tiny_text_config().to_dict()
     text = {name: text[name] for name in _QWEN_TEXT}
     rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 2, 2]}
-    if kind == "qwen3 moe":
+    if kind.startswith("qwen3.5"):
+        sizes = {"key_head_dim": 8, "value_head_dim": 8, "num_key_heads": 2, "num_value_heads": 4}
+        text |= {f"linear_{name}": size for name, size in sizes.items()}
+        text["layer_types"] = ["full_attention", "linear_attention", "full_attention"]
+        rope["partial_rotary_factor"] = 1.0
+    if kind.endswith("moe"):
         text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     config = config_class(
         vision_config={**common, **_QWEN_VISION[kind.removesuffix(" moe")], **vision},

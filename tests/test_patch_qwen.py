@@ -27,7 +27,7 @@ from hiprune_kernels.patch import apply_hiprune, last_selection, record_scores
 from hiprune_kernels.patch.towers import ENCODERS
 
 SHARE, OBJECT_LAYER, FEATURE_LAYER = 0.3, 2, 4
-TOLERANCE = {"rtol": 0, "atol": 2e-4}  # logits are of order 5; a wrong token moves them by more than 0.02
+TOLERANCE = {"rtol": 0, "atol": 3e-4}  # logits are of order 5; a wrong token moves them by more than 0.02
 VISUAL = [IMAGE_TOKEN, VIDEO_TOKEN]
 COUNT = 6
 GREEDY = {"do_sample": False, "max_new_tokens": COUNT, "suppress_tokens": VISUAL}
@@ -44,7 +44,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen2.5", "qwen3", "qwen3 moe"])
+@pytest.fixture(scope="module", params=["qwen2", "qwen2.5", "qwen3", "qwen3 moe", "qwen3.5", "qwen3.5 moe"])
 def kind(request):
     return request.param
 
@@ -332,6 +332,11 @@ def test_sampling(kind, stock, patched):
 def test_prompt_lookup_and_assisted_decoding(kind, stock, patched):
     inputs = qwen_batch(kind, [(6, IMAGE, 6)])
     inputs["input_ids"][0, -4:] = inputs["input_ids"][0, :4]  # something to look up on the first step
+    if stock._is_stateful:
+        for model in (stock, patched):
+            with pytest.raises(ValueError, match="not supported with stateful models"):
+                new_tokens(model, inputs, prompt_lookup_num_tokens=3)
+        return
     expected = greedy(stock, reference_rows(stock, inputs), 10, VISUAL)
     assert torch.equal(new_tokens(patched, inputs, max_new_tokens=10, prompt_lookup_num_tokens=3), expected)
     for assistant in (copy.deepcopy(stock), apply_hiprune(copy.deepcopy(stock), budget=5)):
@@ -414,6 +419,12 @@ def test_turns_by_hand(kind, stock, patched):
         output = patched(**turns[0])
         cache, deltas = output.past_key_values, patched.model.rope_deltas
         second = {**turns[1], "attention_mask": mask}
+        if stock._is_stateful:
+            with pytest.raises(
+                ValueError, match=r"past_key_values: linear attention takes no padding .*, got \[4, 8\]"
+            ):
+                patched(**second, past_key_values=cache)
+            return
         logits = patched(**second, past_key_values=cache).logits
     whole = {name: torch.cat([turn[name] for turn in turns], dim=1) for name in ("input_ids", "mm_token_type_ids")}
     visual = {name: torch.cat([turn[name] for turn in turns]) for name in KINDS[IMAGE_TOKEN]}
@@ -433,7 +444,10 @@ def test_a_cache_for_several_continuations(kind, stock, patched):
     with torch.no_grad():
         cache = patched(**inputs).past_key_values
         patched(**qwen_batch(kind, [(5, SMALL, 3)]))  # another prompt in between
-        cache.batch_repeat_interleave(2)
+        if stock._is_stateful:  # whose cache stock cannot repeat in place
+            cache.reorder_cache(torch.tensor([0, 0, 1, 1]))
+        else:
+            cache.batch_repeat_interleave(2)
         cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
         order = [1, 0, 1, 0]
         mask = torch.cat([inputs["attention_mask"][order], torch.ones_like(tokens)], dim=1)
@@ -472,7 +486,7 @@ def test_refusals(kind, stock):
         apply_hiprune(model, retention=SHARE, score_queries="cls")
     with pytest.raises(ValueError, match="object_layer: expected 1 to 4"):
         apply_hiprune(model, retention=SHARE, object_layer=5)
-    if kind.startswith("qwen3"):
+    if kind in ("qwen3", "qwen3 moe"):
         late = tiny_qwen(kind, deepstack_visual_indexes=[0, 3])
         with pytest.raises(ValueError, match=r"deepstack_visual_indexes below 3, .* got \[0, 3\]"):
             apply_hiprune(late, retention=SHARE)

@@ -172,7 +172,9 @@ def _keep_mask(call: Call) -> Tensor:
     return keep.repeat_interleave(beams, dim=0)
 
 
-def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool) -> tuple[dict[str, Any], Plan]:
+def _prune(
+    plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool, stateful: bool
+) -> tuple[dict[str, Any], Plan]:
     """The language model's arguments without the tokens where `keep` [B, Q] is False, and the plan for what follows."""
     embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     batch, length = keep.shape
@@ -193,6 +195,11 @@ def _prune(plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: 
     remaining = int((~removable).sum(dim=1).max())
     index = (~removable).to(torch.uint8).argsort(dim=1, stable=True)[:, length - remaining :]
     valid = ~removable.gather(1, index)
+    if stateful and seen > 0 and not bool(valid.all()):
+        raise ValueError(
+            "past_key_values: linear attention takes no padding behind what is cached, so all rows of a later turn must "
+            f"keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
+        )
 
     between = torch.arange(plan.valid.shape[1], seen, device=device).expand(batch, -1) + plan.gone
     dropped_before = (~keep).cumsum(dim=1)
@@ -267,7 +274,8 @@ def prune_inputs(
         _forget_plan(kwargs.get("past_key_values"))
     call = current_call("language_model", module)
     if call is not None and call.prunes:
-        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions)
+        stateful = call.patch.host._is_stateful  # layers that hold a state instead of keys and values
+        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions, stateful)
         call.plan.rope_deltas = _rope_deltas(call.patch.host, len(call.plan.valid))
         return args, kwargs
     return None if plan is None else (args, _translate(plan, kwargs))

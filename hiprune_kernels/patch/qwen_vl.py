@@ -75,9 +75,17 @@ _QWEN2 = ModelFamily(
     budget_per="image or video",
 )
 
+_QWEN3_5 = replace(
+    _QWEN2,
+    name="Qwen3.5 (Qwen3_5ForConditionalGeneration)",
+    notes="rows of a batch must keep equally many tokens in a later turn with images (linear attention takes no padding)",
+)
+
 FAMILIES = {
     "qwen2_vl": _QWEN2,
     "qwen2_5_vl": replace(_QWEN2, name="Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"),
     "qwen3_vl": replace(_QWEN2, name="Qwen3-VL (Qwen3VLForConditionalGeneration)"),
     "qwen3_vl_moe": replace(_QWEN2, name="Qwen3-VL-MoE (Qwen3VLMoeForConditionalGeneration)"),
+    "qwen3_5": _QWEN3_5,
+    "qwen3_5_moe": replace(_QWEN3_5, name="Qwen3.5-MoE (Qwen3_5MoeForConditionalGeneration)"),
 }

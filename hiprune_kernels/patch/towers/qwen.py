@@ -74,4 +74,6 @@ FAMILIES = {
     "qwen2_5_vl_vision": replace(_QWEN3, name="Qwen2.5-VL", unit_rows=_window_unit_rows),
     "qwen3_vl_vision": _QWEN3,
     "qwen3_vl_moe_vision": replace(_QWEN3, name="Qwen3-VL-MoE"),
+    "qwen3_5_vision": replace(_QWEN3, name="Qwen3.5"),
+    "qwen3_5_moe_vision": replace(_QWEN3, name="Qwen3.5-MoE"),
 }
