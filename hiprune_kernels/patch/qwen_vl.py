@@ -78,7 +78,7 @@ _QWEN2 = ModelFamily(
 _QWEN3_5 = replace(
     _QWEN2,
     name="Qwen3.5 (Qwen3_5ForConditionalGeneration)",
-    notes="rows of a batch must keep equally many tokens in a later turn with images (linear attention takes no padding)",
+    notes="linear attention takes no padding: in a later turn with images all rows must keep as many tokens",
 )
 
 FAMILIES = {
