@@ -197,8 +197,8 @@ def _prune(
     valid = ~removable.gather(1, index)
     if stateful and seen > 0 and not bool(valid.all()):
         raise ValueError(
-            "past_key_values: linear attention takes no padding behind what is cached, so rows of a later turn must all "
-            f"keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
+            "past_key_values: linear attention takes no padding behind what is cached, so rows of a later turn must "
+            f"all keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
         )
 
     between = torch.arange(plan.valid.shape[1], seen, device=device).expand(batch, -1) + plan.gone
