@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
-PROCESSES = min(12, os.cpu_count() or 1)  # nearly all of the time goes into compiling some 1500 kernels, on the host
+PROCESSES = min(12, os.cpu_count() or 1)  # most of the time goes into compiling some 1300 kernels, on the host
 NO_TESTS = 5  # pytest's exit status where it collected none
 
 _KINDS = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
