@@ -45,16 +45,26 @@ def test_the_page_shows_the_table(aot, table):
     assert page.count("\n| select_kernel/clip_l |") == len(aot.ARCHITECTURES)
 
 
-def test_compiling_again_gives_the_recorded_figures(aot, table):
+@pytest.fixture(scope="module")
+def compiled(aot):
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        results = dict(zip(SAMPLE, pool.map(lambda name: aot.compile_apart(name, [90]), SAMPLE)))
-    for name, result in results.items():
-        figures, recorded = result[90][0], table["kernels"][name]["90"]
+        results = pool.map(lambda name: aot.compile_apart(name, [90]), SAMPLE)
+        return {name: result[90][0] for name, result in zip(SAMPLE, results)}
+
+
+def test_hot_kernels_compile(compiled):
+    """With whatever Triton is installed: CI runs this under the oldest one that is supported, too."""
+    for name, figures in compiled.items():
         assert "error" not in figures, (name, figures)
         assert figures["LDL"] == figures["STL"] == figures["stack"] == 0, (name, figures)
+        assert (figures["HGMMA"] > 0) == (not name.startswith("select_kernel")), (name, figures)
+
+
+def test_compiling_again_gives_the_recorded_figures(table, compiled):
+    for name, figures in compiled.items():
+        recorded = table["kernels"][name]["90"]
         assert figures["registers"] <= recorded["registers"], (name, REGENERATE)
         assert figures["shared"] <= recorded["shared"], (name, REGENERATE)
-        assert (figures["HGMMA"] > 0) == (not name.startswith("select_kernel")), (name, figures)
 
 
 def test_half_precision_on_sm_90_spills_nothing_and_uses_its_tensor_cores(table):
