@@ -1,4 +1,4 @@
-"""What a pruned Qwen-VL must compute, built by hand from stock modules on explicitly pruned embeddings and positions."""
+"""What a pruned Qwen-VL or GLM-4V must compute, by hand from stock modules on pruned embeddings and positions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,18 @@ from torch import Tensor
 from hiprune_kernels import reference
 
 KINDS = {IMAGE_TOKEN: ("pixel_values", "image_grid_thw"), VIDEO_TOKEN: ("pixel_values_videos", "video_grid_thw")}
+TYPES = {IMAGE_TOKEN: 1, VIDEO_TOKEN: 2}  # in mm_token_type_ids
 
 
 def token_grids(grid_thw: Tensor) -> list[tuple[int, int, int]]:
     return [(t, h // 2, w // 2) for t, h, w in grid_thw.tolist()]
+
+
+def encoder_grids(model, grid_thw: Tensor) -> list[Tensor]:
+    """Of each image (or video) the sizes that the encoder is given: GLM-4V's takes each frame by itself."""
+    if not model.config.model_type.startswith("glm"):
+        return list(grid_thw.split(1))
+    return [torch.tensor([[1, h, w]] * t) for t, h, w in grid_thw.tolist()]
 
 
 def raster_order(model, grid_thw: Tensor) -> Tensor:
@@ -58,7 +66,7 @@ def eager_row_scores(model, pixels: Tensor, grid_thw: Tensor, layer: int) -> Ten
 
     attention.register_forward_pre_hook(remember, with_kwargs=True)
     with torch.no_grad():
-        visual(pixels.double(), grid_thw=grid_thw)
+        visual(pixels.double(), grid_thw=torch.cat(encoder_grids(model, grid_thw)))
         heads = attention.qkv(seen["hidden_states"]).view(len(pixels), 3, attention.num_heads, -1)
         rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
         query, key = rotate(heads[:, 0], heads[:, 1], *seen["position_embeddings"])
@@ -81,17 +89,23 @@ def expected_selection(
 ) -> list[tuple[Tensor, Tensor]]:
     """Indices and roles of each image (or video), by the reference implementation on float64 eager scores."""
     pixels, grid_thw = (inputs[name] for name in KINDS[token])
-    scores = zip(*(eager_scores(model, pixels, grid_thw, layer) for layer in layers))
+    tiles = encoder_grids(model, grid_thw)
+    scores = zip(*(eager_scores(model, pixels, torch.cat(tiles), layer) for layer in layers))
     selections = []
-    for grid, (object_scores, deep_scores) in zip(token_grids(grid_thw), scores):
-        tokens = len(object_scores)
-        budget = min(budgets, tokens) if isinstance(budgets, int) else max(1, round(budgets * tokens))
-        if budget == tokens:  # nothing is selected
-            selections.append((torch.arange(tokens), torch.full((tokens,), 3, dtype=torch.uint8)))
-            continue
-        scores = object_scores[None], deep_scores[None]
-        indices, roles = reference.select_tokens(*scores, budget=budget, grid=grid, **options)
-        selections.append((indices[0][indices[0] >= 0], roles[0]))
+    for tiles_of_one in tiles:
+        share = budgets // len(tiles_of_one) if isinstance(budgets, int) else budgets
+        chosen = []
+        for grid in token_grids(tiles_of_one):
+            object_scores, deep_scores = next(scores)
+            tokens = len(object_scores)
+            budget = min(share, tokens) if isinstance(share, int) else max(1, round(share * tokens))
+            if budget == tokens:  # nothing is selected
+                chosen.append(torch.full((tokens,), 3, dtype=torch.uint8))
+                continue
+            both = object_scores[None], deep_scores[None]
+            chosen.append(reference.select_tokens(*both, budget=budget, grid=grid, **options)[1][0])
+        roles = torch.cat(chosen)
+        selections.append((roles.nonzero()[:, 0], roles))
     return selections
 
 
@@ -119,7 +133,7 @@ def features_of(model, inputs: dict, token: int) -> tuple[Tensor, list[Tensor]]:
 
 def pruned_rows(model, inputs: dict, selections: dict[int, list[tuple[Tensor, Tensor]]]) -> list[Row]:
     """The rows of a batch, with of each kind of placeholder only the selected ones."""
-    ids, mask = inputs["input_ids"], inputs["attention_mask"].bool()
+    ids, types, mask = inputs["input_ids"], inputs["mm_token_type_ids"], inputs["attention_mask"].bool()
     levels = len(getattr(model.config.vision_config, "deepstack_visual_indexes", ()))
     with torch.no_grad():
         embeds = model.get_input_embeddings()(ids)
@@ -127,20 +141,20 @@ def pruned_rows(model, inputs: dict, selections: dict[int, list[tuple[Tensor, Te
         keep = mask.clone()
         for token, kept in selections.items():
             features, deepstack = features_of(model, inputs, token)
-            places = ids == token
+            places = types == TYPES[token]
             embeds[places] = features
             for level, states in zip(deep, deepstack, strict=True):
                 level[places] = states
             keep[places] = torch.cat([roles > 0 for _, roles in kept])
         if selections:
             grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw")}
-            positions, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], **grids, attention_mask=mask)
+            positions, _ = model.model.get_rope_index(ids, types, **grids, attention_mask=mask)
         else:
             positions = (mask.cumsum(dim=1) - 1).expand(3, -1, -1)
     rows = []
     for i, columns in enumerate(row.nonzero()[:, 0] for row in keep):
         text = torch.arange(len(columns))
-        visual = torch.isin(ids[i, columns], torch.tensor(list(selections)))
+        visual = types[i, columns] > 0
         levels = [level[i, columns][visual] for level in deep]
         places = torch.cat([text[None], positions[:, i, columns]])
         rows.append(Row(embeds[i, columns], places, levels, visual, columns))

@@ -1,4 +1,4 @@
-"""A patched Qwen-VL computes what stock modules compute on explicitly pruned embeddings and positions."""
+"""A patched Qwen-VL or GLM-4V computes what stock modules compute on explicitly pruned embeddings and positions."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from models import IMAGE_TOKEN, VIDEO_TOKEN, qwen_batch, tiny_qwen
 from patch_reference import one_thread  # noqa: F401
 from qwen_reference import (
     KINDS,
+    TYPES,
     beam_search,
     eager_row_scores,
     expected_selection,
@@ -37,6 +38,7 @@ PROMPTS = {
     "one image": [(5, IMAGE, 7)],
     "two images": [(3, IMAGE, 4, ODD, 2)],
     "video": [(5, VIDEO, 4)],
+    "videos": [(3, (3, 2, 2), 2, VIDEO, 4), (4, (1, 3, 3), 6)],
     "image and video": [(3, VIDEO, 2, SMALL, 5)],
     "batch": [(5, IMAGE, 7), (2, ODD, 3)],
     "mixed": [(5, IMAGE, 7), (9,), (3, SMALL, 2, VIDEO, 1, ODD, 6)],
@@ -44,9 +46,20 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=["qwen2", "qwen2.5", "qwen3", "qwen3 moe", "qwen3.5", "qwen3.5 moe"])
+MODELS = ["qwen2", "qwen2.5", "qwen3", "qwen3 moe", "qwen3.5", "qwen3.5 moe", "glm", "glm moe"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
 def kind(request):
     return request.param
+
+
+def named_batch(kind, name, **options):
+    """One of PROMPTS; for GLM, which takes images or videos, images beside a video are videos of one frame."""
+    rows = PROMPTS[name]
+    if kind.startswith("glm") and any(VIDEO in row for row in rows):
+        rows = [tuple((1, *part) if part in (IMAGE, SMALL, ODD) else part for part in row) for row in rows]
+    return qwen_batch(kind, rows, **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +81,12 @@ def selections(stock, inputs, budgets=SHARE, layers=(OBJECT_LAYER, FEATURE_LAYER
         for token, (pixels, _) in KINDS.items()
         if pixels in inputs
     }
+
+
+def last_selections(model, inputs):
+    """The indices and roles of `last_selection`, by kind of placeholder."""
+    kept = iter([(selection.indices, selection.roles) for selection in last_selection(model)])
+    return {token: [next(kept) for _ in inputs[grids]] for token, (_, grids) in KINDS.items() if grids in inputs}
 
 
 def reference_rows(stock, inputs, budgets=SHARE, **options):
@@ -116,7 +135,7 @@ def new_tokens(model, inputs, **options):
 def test_selection(kind, stock, options):
     """Each image and video by itself, windows undone, of scores that are means over merge groups."""
     options = dict(options) if "budget" in options else {"retention": SHARE, **options}
-    inputs = qwen_batch(kind, PROMPTS["mixed"])
+    inputs = named_batch(kind, "mixed")
     model = apply_hiprune(copy.deepcopy(stock), **options)
     logits = logits_of(model, inputs)
     ours = last_selection(model)
@@ -124,8 +143,9 @@ def test_selection(kind, stock, options):
     if options.get("rule") == "official":
         options["rule"] = "official_qwen"
     expected = selections(stock, inputs, budgets, (layers, FEATURE_LAYER), **options)
-    flat = expected[IMAGE_TOKEN] + expected[VIDEO_TOKEN]
-    assert [selection.grid for selection in ours] == [IMAGE, SMALL, ODD, VIDEO]
+    flat = [kept for token in expected for kept in expected[token]]
+    grids = [IMAGE, SMALL, VIDEO, ODD] if kind.startswith("glm") else [IMAGE, SMALL, ODD, VIDEO]
+    assert [selection.grid for selection in ours] == grids
     for selection, (indices, roles) in zip(ours, flat, strict=True):
         assert torch.equal(selection.indices, indices) and torch.equal(selection.roles, roles)
     assert_rows(logits, stock, pruned_rows(stock, inputs, expected))
@@ -134,7 +154,7 @@ def test_selection(kind, stock, options):
 def test_fewer_than_the_budget_survive_the_official_rule():
     """Its registers may be tokens that are anchors already."""
     stock = tiny_qwen("qwen2.5")
-    inputs = qwen_batch("qwen2.5", PROMPTS["batch"])
+    inputs = named_batch("qwen2.5", "batch")
     model = apply_hiprune(copy.deepcopy(stock), budget=14, object_layer=4, alpha=0.8, rule="official")
     logits = logits_of(model, inputs)
     expected = selections(stock, inputs, 14, (4, 4), alpha=0.8, rule="official_qwen")
@@ -147,21 +167,22 @@ def test_the_scale_is_the_module_s(kind):
     stock = tiny_qwen(kind)
     for block in stock.model.visual.blocks:
         block.attn.scaling *= 1.5
-    inputs = qwen_batch(kind, PROMPTS["mixed"])
+    inputs = named_batch(kind, "mixed")
     logits = logits_of(apply_hiprune(copy.deepcopy(stock), retention=SHARE), inputs)
     assert_rows(logits, stock, reference_rows(stock, inputs))
 
 
 def test_kept_features_are_those_of_the_stock_merger(kind, stock, patched):
     """The merger sees the selected rows only, makes of them what the stock one makes, and of each what it should."""
-    inputs = qwen_batch(kind, PROMPTS["two images"])
+    inputs = named_batch(kind, "two images")
     model, seen = copy.deepcopy(patched), {}
     model.model.visual.merger.register_forward_hook(lambda module, args, output: seen.update(rows=args[0], out=output))
     logits_of(model, inputs)
     kept = torch.cat([selection.roles > 0 for selection in last_selection(model)])
     with torch.no_grad():
         merged = stock.model.visual.merger(seen["rows"])
-    assert len(seen["rows"]) == 4 * int(kept.sum()) < 4 * len(kept)
+    rows = 1 if kind.startswith("glm") else 4  # GLM's come to the merger as one
+    assert len(seen["rows"]) == rows * int(kept.sum()) < rows * len(kept)
     filled = (seen["out"] != 0).any(dim=1)
     assert torch.equal(seen["out"][filled], merged) and len(seen["out"]) == len(kept)
     features, _ = features_of(stock, inputs, IMAGE_TOKEN)
@@ -171,7 +192,12 @@ def test_kept_features_are_those_of_the_stock_merger(kind, stock, patched):
 
 
 def test_default_object_layers():
-    for name, depth, layer in [("qwen2_5_vl_vision", 32, 16), ("qwen2_vl_vision", 32, 16), ("qwen3_vl_vision", 27, 14)]:
+    for name, depth, layer in [
+        ("qwen2_5_vl_vision", 32, 16),
+        ("qwen2_vl_vision", 32, 16),
+        ("qwen3_vl_vision", 27, 14),
+        ("glm4v_vision", 24, 12),
+    ]:
         assert ENCODERS[name].default_object_layer(depth, depth) == layer
 
 
@@ -179,7 +205,7 @@ def test_windows_that_the_caller_computed():
     """transformers takes the order of windows from the caller; here another than the model's own."""
     stock = tiny_qwen("qwen2.5")
     patched = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
-    inputs = qwen_batch("qwen2.5", PROMPTS["two images"])
+    inputs = named_batch("qwen2.5", "two images")
     sizes = inputs["image_grid_thw"].prod(dim=1)
     ends = torch.cat([sizes.new_zeros(1), sizes.cumsum(dim=0)]).int()
     given = {"image_window_index": torch.arange(int(sizes.sum()) // 4), "image_cu_window_seqlens": ends}
@@ -195,12 +221,12 @@ def test_windows_that_the_caller_computed():
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_prefill_logits(kind, stock, patched, name):
-    inputs = qwen_batch(kind, PROMPTS[name])
+    inputs = named_batch(kind, name)
     assert_rows(logits_of(patched, inputs), stock, reference_rows(stock, inputs))
 
 
 def test_a_wrong_token_or_position_would_show(kind, stock, patched):
-    inputs = qwen_batch(kind, PROMPTS["one image"])
+    inputs = named_batch(kind, "one image")
     logits = logits_of(patched, inputs)[0]
     [(_, roles)] = selections(stock, inputs)[IMAGE_TOKEN]
     wrong = roles.clone()
@@ -216,7 +242,7 @@ def test_a_wrong_token_or_position_would_show(kind, stock, patched):
 
 @pytest.mark.parametrize("name", ["mixed", "batch"])
 def test_right_padding_keeps_columns_counted_from_the_end(kind, stock, patched, name):
-    inputs = qwen_batch(kind, PROMPTS[name], side="right")
+    inputs = named_batch(kind, name, side="right")
     logits = logits_of(patched, inputs)
     length = inputs["input_ids"].shape[1]
     for ours, mask, row in zip(logits, inputs["attention_mask"], reference_rows(stock, inputs), strict=True):
@@ -237,7 +263,7 @@ def test_no_attention_mask(kind, stock, patched):
 @pytest.mark.parametrize("form", ["text and multimodal", "multimodal", "text"])
 def test_position_ids_of_the_caller(kind, stock, patched, form):
     """Multimodal ids stay as they are; the row of text order before them has no gaps."""
-    inputs = qwen_batch(kind, PROMPTS["one image"])
+    inputs = named_batch(kind, "one image")
     length = inputs["input_ids"].shape[1]
     [row] = reference_rows(stock, inputs)
     own = (torch.arange(4 * length).view(4, 1, length) * 7) % 50
@@ -253,13 +279,15 @@ def test_position_ids_of_the_caller(kind, stock, patched, form):
 
 def test_inputs_embeds(kind, stock, patched):
     inputs = qwen_batch(kind, PROMPTS["mixed"])
-    expected = logits_of(patched, inputs)
     grids = {name: inputs[name] for name in ("image_grid_thw", "video_grid_thw")}
     ids, types, mask = (inputs[name] for name in ("input_ids", "mm_token_type_ids", "attention_mask"))
     positions, _ = stock.model.get_rope_index(ids, types, **grids, attention_mask=mask)
     given = {name: value for name, value in inputs.items() if name not in ("input_ids", "mm_token_type_ids")}
-    given["inputs_embeds"] = stock.get_input_embeddings()(inputs["input_ids"]).detach()
-    assert torch.equal(logits_of(patched, given, position_ids=positions), expected)
+    ids = ids.masked_fill(types == TYPES[VIDEO_TOKEN], VIDEO_TOKEN)  # by which GLM tells videos apart here
+    given["inputs_embeds"] = stock.get_input_embeddings()(ids).detach()
+    logits = logits_of(patched, given, position_ids=positions)
+    assert_rows(logits, stock, reference_rows(stock, inputs))
+    assert kind.startswith("glm") or torch.equal(logits, logits_of(patched, inputs))
 
 
 def test_text_only_is_stock(kind, stock, patched):
@@ -269,7 +297,7 @@ def test_text_only_is_stock(kind, stock, patched):
 
 
 def test_inner_model_alone(kind, stock):
-    inputs = qwen_batch(kind, PROMPTS["mixed"])
+    inputs = named_batch(kind, "mixed")
     inner = apply_hiprune(copy.deepcopy(stock.model), retention=SHARE)
     with torch.no_grad():
         logits = stock.lm_head(inner(**inputs).last_hidden_state)
@@ -279,18 +307,23 @@ def test_inner_model_alone(kind, stock):
 def test_budgets_that_keep_some_images_whole(kind, stock):
     """9 tokens are all of the small image; the others are pruned to as many."""
     model = apply_hiprune(copy.deepcopy(stock), budget=9)
-    inputs = qwen_batch(kind, PROMPTS["image and video"])
+    inputs = named_batch(kind, "image and video")
     assert_rows(logits_of(model, inputs), stock, reference_rows(stock, inputs, 9))
-    whole, pruned = last_selection(model)
-    assert bool((whole.roles == 3).all()) and len(pruned.indices) == 9 < len(pruned.roles)
+    whole, pruned = sorted(last_selection(model), key=lambda selection: len(selection.roles))
+    kept = 8 if kind.startswith("glm") else 9  # 4 of each frame
+    assert bool((whole.roles == 3).all()) and len(pruned.indices) == kept < len(pruned.roles)
     small = qwen_batch(kind, [(3, SMALL, 4)])
     assert torch.equal(logits_of(model, small), logits_of(stock, small))
 
 
 def test_one_token_per_image(kind, stock):
-    model = apply_hiprune(copy.deepcopy(stock), budget=1)
-    inputs = qwen_batch(kind, PROMPTS["mixed"])
-    assert_rows(logits_of(model, inputs), stock, reference_rows(stock, inputs, 1))
+    model, least = apply_hiprune(copy.deepcopy(stock), budget=1), 1
+    inputs = named_batch(kind, "mixed")
+    if kind.startswith("glm"):
+        with pytest.raises(ValueError, match="budget: expected at least 2, one token for each tile"):
+            logits_of(model, inputs)
+        model, least = apply_hiprune(copy.deepcopy(stock), budget=2), 2
+    assert_rows(logits_of(model, inputs), stock, reference_rows(stock, inputs, least))
 
 
 # ---------------------------------------------------------------------------------------------------------- generate()
@@ -298,15 +331,21 @@ def test_one_token_per_image(kind, stock):
 
 @pytest.mark.parametrize("name", PROMPTS)
 def test_greedy(kind, stock, patched, name):
-    inputs = qwen_batch(kind, PROMPTS[name])
+    inputs = named_batch(kind, name)
     expected = greedy(stock, reference_rows(stock, inputs), COUNT, VISUAL)
     for options in ({}, {"use_cache": False}, {"cache_implementation": "static"}):
         assert torch.equal(new_tokens(patched, inputs, **options), expected)
 
 
-@pytest.mark.parametrize("name", ["one image", "batch", "image and video"])
+@pytest.mark.parametrize("name", ["one image", "two images", "batch", "image and video"])
 def test_beams(kind, stock, patched, name):
-    inputs = qwen_batch(kind, PROMPTS[name])
+    """Each beam has all images of its prompt, in order: GLM's too, of which stock repeats one by one."""
+    inputs = named_batch(kind, name)
+    if kind.startswith("glm") and "video_grid_thw" in inputs and hasattr(stock, "_expand_multimodal_outputs"):
+        for model in (stock, patched):  # transformers from 5.18 on takes GLM's videos for none
+            with pytest.raises(ValueError, match="expected a non-empty list of Tensors"):
+                new_tokens(model, inputs, num_beams=3)
+        return
     expected = [beam_search(stock, row, COUNT, width=3)[:2] for row in reference_rows(stock, inputs)]
     for cache in ("dynamic", "static"):
         options = {"num_beams": 3, "num_return_sequences": 2, "suppress_tokens": None, "cache_implementation": cache}
@@ -316,7 +355,7 @@ def test_beams(kind, stock, patched, name):
 
 def test_sampling(kind, stock, patched):
     """Sampled tokens come from the reference's distribution: the same seed draws the same tokens from it."""
-    inputs = qwen_batch(kind, PROMPTS["one image"])
+    inputs = named_batch(kind, "one image")
     torch.manual_seed(3)
     ours = new_tokens(patched, inputs, do_sample=True, top_k=0, num_return_sequences=2)
     torch.manual_seed(3)
@@ -349,7 +388,7 @@ def test_prompt_lookup_and_assisted_decoding(kind, stock, patched):
 @pytest.mark.parametrize("counting", ["full mask", "cache mask", "no mask", "own positions"])
 @pytest.mark.parametrize("name", ["one image", "image and video", "mixed", "same length"])
 def test_decode_loop(kind, stock, patched, name, counting):
-    inputs = qwen_batch(kind, [(5, IMAGE, 7), (38,)] if name == "same length" else PROMPTS[name])
+    inputs = qwen_batch(kind, [(5, IMAGE, 7), (38,)]) if name == "same length" else named_batch(kind, name)
     expected = greedy(stock, reference_rows(stock, inputs), COUNT, VISUAL)
     mask = inputs["attention_mask"]
     if counting == "no mask" and not bool(mask.all()):
@@ -438,7 +477,7 @@ def test_turns_by_hand(kind, stock, patched):
 
 
 def test_a_cache_for_several_continuations(kind, stock, patched):
-    inputs = qwen_batch(kind, PROMPTS["batch"])
+    inputs = named_batch(kind, "batch")
     rows = reference_rows(stock, inputs)
     tokens = torch.tensor([[7, 8], [9, 10], [11, 12], [13, 14]])
     with torch.no_grad():
@@ -459,7 +498,7 @@ def test_a_cache_for_several_continuations(kind, stock, patched):
 
 def test_no_multimodal_positions(kind, stock, patched):
     """Who gives neither token types nor positions gets plain ones from Qwen2.5-VL; dropped tokens leave gaps there."""
-    inputs = qwen_batch(kind, PROMPTS["one image"])
+    inputs = named_batch(kind, "one image")
     del inputs["mm_token_type_ids"]
     model = copy.deepcopy(patched)
     model.model.rope_deltas = None
@@ -467,7 +506,7 @@ def test_no_multimodal_positions(kind, stock, patched):
         with pytest.raises(ValueError, match="mm_token_type_ids"):
             logits_of(model, inputs)
         return
-    [row] = reference_rows(stock, qwen_batch(kind, PROMPTS["one image"]))
+    [row] = reference_rows(stock, named_batch(kind, "one image"))
     row.positions[1:] = row.columns
     with torch.no_grad():
         output = model(**inputs)
@@ -490,18 +529,22 @@ def test_refusals(kind, stock):
         late = tiny_qwen(kind, deepstack_visual_indexes=[0, 3])
         with pytest.raises(ValueError, match=r"deepstack_visual_indexes below 3, .* got \[0, 3\]"):
             apply_hiprune(late, retention=SHARE)
+    if kind.startswith("glm"):  # by stock code
+        with pytest.raises(ValueError, match="Image features and image tokens do not match, tokens: 33, features: 9"):
+            logits_of(apply_hiprune(model, retention=SHARE), qwen_batch(kind, PROMPTS["image and video"]))
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_recorded_scores(kind, implementation):
     """The scores are eager attention's; the outputs are the stock bits."""
     model = tiny_qwen(kind, implementation=implementation)
-    inputs = qwen_batch(kind, PROMPTS["image and video"])
+    inputs = named_batch(kind, "image and video")
     expected = logits_of(model, inputs)
     with record_scores(model) as scores:
         assert torch.equal(logits_of(model, inputs), expected)
-    for layer, (images, videos) in scores.items():
-        for token, ours in ((IMAGE_TOKEN, images), (VIDEO_TOKEN, videos)):
+    shown = [token for token, (pixels, _) in KINDS.items() if pixels in inputs]
+    for layer, runs in scores.items():
+        for token, ours in zip(shown, runs, strict=True):
             pixels, grid_thw = (inputs[name] for name in KINDS[token])
             rows = eager_row_scores(model, pixels, grid_thw, layer)[patch_order(model, grid_thw)]
             torch.testing.assert_close(ours.double(), rows, rtol=1e-4, atol=1e-5)
@@ -509,12 +552,11 @@ def test_recorded_scores(kind, implementation):
 
 def test_bfloat16(kind, stock):
     """Errors are like those of stock bfloat16 on the same tokens."""
-    inputs = qwen_batch(kind, PROMPTS["mixed"])
+    inputs = named_batch(kind, "mixed")
     half = copy.deepcopy(stock).bfloat16()
     model = apply_hiprune(copy.deepcopy(half), retention=SHARE)
     logits = logits_of(model, inputs)
-    chosen = [(selection.indices, selection.roles) for selection in last_selection(model)]
-    kept = {IMAGE_TOKEN: chosen[:3], VIDEO_TOKEN: chosen[3:]}
+    kept = last_selections(model, inputs)
     for ours, exact, same in zip(logits, pruned_rows(stock, inputs, kept), pruned_rows(half, inputs, kept)):
         truth = row_logits(stock, exact)
         expected, error = (row_logits(half, same) - truth).norm(), (ours[-len(truth) :] - truth).norm()

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
-from . import bare, internvl, llava, llava_next, llava_onevision, qwen_vl, video_llava
+from . import bare, glm4v, internvl, llava, llava_next, llava_onevision, qwen_vl, video_llava
 from .attention import refuse_tapped, tap_attention
 from .decoder import install_decoder
 from .encoders import (
@@ -52,6 +52,7 @@ FAMILIES = {  # config.model_type -> family
     **llava_onevision.FAMILIES,
     **video_llava.FAMILIES,
     **qwen_vl.FAMILIES,
+    **glm4v.FAMILIES,
     **internvl.FAMILIES,
     **bare.FAMILIES,
 }

@@ -83,6 +83,7 @@ class ModelFamily:
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
     install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
+    video_token: Callable[[Call], int] = lambda call: call.patch.host.config.video_token_id  # placeholders of videos
     multimodal_positions: bool = False  # M-RoPE: position ids of the language model tell places in images
     has_unpad: bool = False  # takes the option `unpad`
     budget_per: str = "image"  # what `budget` counts the tokens of, for `hiprune info --models`
@@ -199,8 +200,8 @@ class Call:
 
     def kept(self) -> list[tuple[int, Tensor]]:
         """Per kind of placeholder: its token id, and in the order of the prompts which of them stay, bool."""
-        config = self.patch.host.config
-        return [(config.video_token_id if run.video else config.image_token_id, run.kept()) for run in self.runs]
+        image, video = self.patch.host.config.image_token_id, self.patch.family.video_token
+        return [(video(self) if run.video else image, run.kept()) for run in self.runs]
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hiprune_call", default=None)

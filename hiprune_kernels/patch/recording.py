@@ -102,8 +102,8 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         - encoders of a batch of images or clips: [B, N], a clip's frames one after the other;
         - encoders whose images are padded to one length (SigLIP 2 NaFlex): [B, N], with 0 in the columns of padding,
           whose queries do not count either;
-        - encoders of packed images (Qwen-VL): [T], image after image and frame after frame, the patches of each row by
-          row, whatever the windows and merge groups that the encoder works in.
+        - encoders of packed images (Qwen-VL, GLM-4V): [T], image after image and frame after frame, the patches of each
+          row by row, whatever the windows and merge groups that the encoder works in.
 
     Raises:
         TypeError: if `encoder` is not a module or a layer is not an int.

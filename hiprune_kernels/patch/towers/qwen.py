@@ -1,4 +1,4 @@
-"""The encoders of Qwen-VL: all images packed into one sequence [T, C], patches in merge groups."""
+"""The encoders of Qwen-VL and GLM-4V: all images packed into one sequence [T, C], patches in merge groups."""
 
 from __future__ import annotations
 
@@ -76,4 +76,6 @@ FAMILIES = {
     "qwen3_vl_moe_vision": replace(_QWEN3, name="Qwen3-VL-MoE"),
     "qwen3_5_vision": replace(_QWEN3, name="Qwen3.5"),
     "qwen3_5_moe_vision": replace(_QWEN3, name="Qwen3.5-MoE"),
+    "glm4v_vision": replace(_QWEN3, name="GLM-4V"),
+    "glm4v_moe_vision": replace(_QWEN3, name="GLM-4V-MoE"),
 }
