@@ -22,18 +22,20 @@ nothing waits for the host. Every offset that is read on the device is clamped.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
+from . import cdiv, next_power_of_2
 from .attention_kernels import attention_kernel, reduce_kernel, scores_kernel, strip_kernel
 
 LOG2_E = math.log2(math.e)  # the kernels work in base 2
 BORROWED = ("flash", "cudnn", "flash_attn")
+FLASH_ATTENTION_2 = (80, 86, 89)  # architectures that it was written for
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
@@ -56,6 +58,7 @@ class Plan(NamedTuple):
     splits: int = 1  # shares of the queries
 
 
+@functools.lru_cache(maxsize=4096)
 def plan(
     M: int,
     N: int,
@@ -91,7 +94,7 @@ def plan(
     half = dtype != torch.float32
     if half and D <= 128:
         stages = 3 if D <= 80 else 2
-        tall = packed or 10 * triton.cdiv(M, 128) * 128 <= 11 * triton.cdiv(M, 64) * 64
+        tall = packed or 10 * cdiv(M, 128) * 128 <= 11 * cdiv(M, 64) * 64
         attention = Blocks(128, 64, 8, stages) if tall else Blocks(64, 64, 4, stages)
         scores = Blocks(64, 128, 8, stages)
     elif half:
@@ -111,20 +114,20 @@ def plan(
             path = "strip"
         elif N <= 1024 and (half or D <= 64):
             path = "sweeps"  # above, M N / 64 partial sums a head begin to weigh as much as the queries
-        elif borrow and architecture in (80, 86, 89) and heads * triton.cdiv(M, 64) >= 256:
-            # FlashAttention-2 was written for these. It splits the keys, by a rule that counts the batch, only where
-            # one block per 64 queries leaves multiprocessors idle: with 256 blocks per batch entry it never does.
+        elif borrow and architecture in FLASH_ATTENTION_2 and heads * cdiv(M, 64) >= 256:
+            # It splits the keys, by a rule that counts the batch, only where one block per 64 queries leaves
+            # multiprocessors idle: with 256 blocks per batch entry it never does.
             path = "flash"
         else:
             path = "passes"
     if path == "strip":
-        return Plan(path, Blocks(64, max(16, triton.next_power_of_2(N)), 4, 1))
+        return Plan(path, Blocks(64, max(16, next_power_of_2(N)), 4, 1))
     if path == "sweeps":
         return Plan(path, attention)
     if packed:
         return Plan(path, attention, scores)
     # Few keys and many queries: shares of at least 8 blocks, until one batch entry fills a GPU about four times over.
-    programs = heads * triton.cdiv(N, scores.block_n)
+    programs = heads * cdiv(N, scores.block_n)
     splits = max(1, min(512 // programs, M // (8 * scores.block_m)))
     return Plan(path, attention, scores, splits)
 
@@ -136,10 +139,11 @@ def _launch(kernel, programs: int, arguments: dict, constants: dict, blocks: Blo
     kernel[(programs,)](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
 
 
+@functools.cache
 def _split_head_dim(D: int) -> tuple[int, int]:
     """D in at most two powers of two, from 16 on: 80 is 64 + 16."""
     first = max(16, 1 << (D.bit_length() - 1))
-    second = max(16, triton.next_power_of_2(D - first)) if first < D else 0
+    second = max(16, next_power_of_2(D - first)) if first < D else 0
     return (first, second) if second < first else (2 * first, 0)
 
 
@@ -153,7 +157,8 @@ def _strides(x: Tensor | None, packed: bool) -> tuple[int, int, int]:
     """Strides over batch, heads and rows of [B, H, M, D], or of packed [T, H, D]."""
     if x is None:
         return 0, 0, 0
-    return (0, x.stride(1), x.stride(0)) if packed else x.stride()[:3]
+    strides = x.stride()
+    return (0, strides[1], strides[0]) if packed else strides[:3]
 
 
 def _mask_strides(mask: Tensor | None) -> tuple[int, int]:
@@ -169,7 +174,7 @@ def _reduced(partial: Tensor, per_head: bool, factor: float, launch: Callable) -
     scores = partial.new_empty(B, heads, N) if per_head else partial.new_empty(B, N)
     arguments = {"partial_ptr": partial, "scores_ptr": scores, "slots": slots, "N": N, "factor": factor}
     constants = {"ROWS": 32 if slots > 16 else 16, "BLOCK_N": 32}
-    launch(reduce_kernel, rows * triton.cdiv(N, 32), arguments, constants, Blocks(32, 32, 4, 2))
+    launch(reduce_kernel, rows * cdiv(N, 32), arguments, constants, Blocks(32, 32, 4, 2))
     return scores
 
 
@@ -242,18 +247,23 @@ def attention(
         return output, query.new_zeros(shape, dtype=torch.float32)
 
     scale = D**-0.5 if scale is None else scale
-    borrow = value is not None and not packed and _borrowable(query, key, value, key_mask, scale, causal)
+    borrow = (
+        architecture in FLASH_ATTENTION_2
+        and value is not None
+        and not packed
+        and _borrowable(query, key, value, key_mask, scale, causal)
+    )
     chosen = plan(M, N, heads, D, query.dtype, architecture, packed=packed, borrow=borrow, path=path)
     output = None if value is None or chosen.path in BORROWED else _empty_output(query, packed)
     D1, D2 = _split_head_dim(D)
     constants = {"CAUSAL": causal, "NEGATE": scale < 0, "D": D, "D1": D1, "D2": D2}
-    row_strides = [n for x in (query, key, value, output) for n in _strides(x, packed)]
-    constants["ALIGN"] = math.gcd(16, *row_strides)
+    q_strides, k_strides, v_strides, output_strides = (_strides(x, packed) for x in (query, key, value, output))
+    constants["ALIGN"] = math.gcd(16, *q_strides, *k_strides, *v_strides, *output_strides)
     sequences = {
         "q_ptr": query,
-        "q_strides": _strides(query, packed),
+        "q_strides": q_strides,
         "k_ptr": key,
-        "k_strides": _strides(key, packed),
+        "k_strides": k_strides,
         "key_mask_ptr": key_mask,
         "key_mask_strides": _mask_strides(key_mask),
         "query_mask_ptr": query_mask,
@@ -267,16 +277,16 @@ def attention(
     lengths = {"lengths_q_ptr": cu_seqlens_q, "lengths_k_ptr": cu_seqlens_k, "segments": segments}
     values = {
         "v_ptr": value,
-        "v_strides": _strides(value, packed),
+        "v_strides": v_strides,
         "output_ptr": output,
-        "output_strides": _strides(output, packed),
+        "output_strides": output_strides,
     }
 
     def shape(blocks: Blocks) -> dict:
         return {**constants, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
 
     blocks = chosen.attention
-    slots = triton.cdiv(M, blocks.block_m)
+    slots = cdiv(M, blocks.block_m)
     programs = B * heads * (M // blocks.block_m + segments if packed else slots)
     if chosen.path in ("strip", "sweeps"):
         partial = query.new_empty(B, heads, slots, N, dtype=torch.float32)
@@ -301,12 +311,12 @@ def attention(
             arguments = {**sequences, **lengths, **values, "top_ptr": top, "weight_ptr": weight, "partial_ptr": None}
             launch(attention_kernel, programs, arguments, shape(blocks), blocks)
         blocks = chosen.scores
-        split_rows = triton.cdiv(triton.cdiv(M, chosen.splits), blocks.block_m) * blocks.block_m
-        splits = triton.cdiv(M, split_rows)
+        split_rows = cdiv(cdiv(M, chosen.splits), blocks.block_m) * blocks.block_m
+        splits = cdiv(M, split_rows)
         partial = query.new_empty(B, heads, splits, N, dtype=torch.float32)
         arguments = {**sequences, **lengths, "top_ptr": top, "top_strides": top.stride()[:2], "top_scale": top_scale}
         arguments |= {"weight_ptr": weight, "partial_ptr": partial, "splits": splits, "split_rows": split_rows}
-        programs = B * heads * splits * (N // blocks.block_n + segments if packed else triton.cdiv(N, blocks.block_n))
+        programs = B * heads * splits * (N // blocks.block_n + segments if packed else cdiv(N, blocks.block_n))
         launch(scores_kernel, programs, arguments, shape(blocks), blocks)
     scores = _reduced(partial, per_head, score_factor, launch)
     return output, scores[0] if packed else scores

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
 from ..reference import ANCHOR, BUFFER, DROPPED, NEIGHBORS, REGISTER
+from . import cdiv, next_power_of_2
 
 MAX_TOKENS = 16384  # of one image: the most that one program's registers hold
 
@@ -280,9 +281,10 @@ def _launches(images: tuple[Image, ...], batch: int | None) -> list[_Launch]:
 
 def _warps(tokens: int) -> int:
     # Eight tokens per thread spill no registers; 16384 tokens are sixteen each and spill a few (bench/results/aot.md).
-    return max(4, min(32, triton.next_power_of_2(tokens) // 256))
+    return max(4, min(32, next_power_of_2(tokens) // 256))
 
 
+@functools.lru_cache(maxsize=1024)
 def _constants(packed: bool, tokens: int, element_size: int, plan: SelectionPlan) -> dict:
     """The kernel's compile-time arguments. `tokens`: of the largest image."""
     return {
@@ -290,7 +292,7 @@ def _constants(packed: bool, tokens: int, element_size: int, plan: SelectionPlan
         "RULE": "official" if plan.rule == "official_qwen" else plan.rule,  # they differ in the scores they are given
         "STEPS": NEIGHBORS[plan.neighborhood] if plan.buffers else (),
         "REGISTERS": plan.registers,
-        "BLOCK": max(16, triton.next_power_of_2(tokens)),
+        "BLOCK": max(16, next_power_of_2(tokens)),
         "COUNTS_FIT": tokens <= 1023,
         "ROWS": _ROWS,
         "COLUMNS": _COLUMN_BYTES // element_size,
@@ -324,9 +326,9 @@ def _select(
             continue
         parts = 1
         if source is not None:
-            parts = min(triton.cdiv(launch.budget, _ROWS), max(1, _PROGRAMS // launch.count))
-        rows = triton.cdiv(triton.cdiv(launch.budget, parts), _ROWS) * _ROWS
-        select_kernel[(launch.count, triton.cdiv(launch.budget, rows))](
+            parts = min(cdiv(launch.budget, _ROWS), max(1, _PROGRAMS // launch.count))
+        rows = cdiv(cdiv(launch.budget, parts), _ROWS) * _ROWS
+        select_kernel[(launch.count, cdiv(launch.budget, rows))](
             object_scores,
             deep_scores,
             mask,
@@ -411,7 +413,7 @@ def aot_variants() -> list[tuple]:
         flat = plan_selection([], [], rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
         constants = _constants("images" in types, tokens, 2, SelectionPlan.from_flat(flat))
         ones = ("object_slots", "deep_slots", "stride_ot", "stride_dt", "stride_mt", "stride_fc")
-        constants |= {**dict.fromkeys(set(ones) - set(types), 1), **dict.fromkeys(missing)}
+        constants = constants | dict.fromkeys(set(ones) - set(types), 1) | dict.fromkeys(missing)
         return f"select_kernel/{name}", select_kernel, signature | types, constants, _warps(tokens), 3
 
     select_only = ("mask_ptr", "features_ptr", "kept_ptr")

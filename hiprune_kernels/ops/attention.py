@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import reference
 from .checks import check_choice, check_floating, check_like, check_mask, check_number, check_shape, check_tensor
-from .library import CPU_KERNELS, NO_CPU_KERNELS, gpu_gap, library, warn_without_cpu_kernels
+from .library import CPU_KERNELS, NO_CPU_KERNELS, compute_capability, gpu_gap, library, warn_without_cpu_kernels
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -412,9 +412,8 @@ def _cpu_kernel(
 def _cuda_kernel(query, *arguments) -> tuple[Tensor | None, Tensor]:
     from ..kernels.attention import attention  # Triton is loaded by the first CUDA call
 
-    major, minor = torch.cuda.get_device_capability(query.device)
     with torch.cuda.device_of(query):
-        return attention(query, *arguments, architecture=10 * major + minor)
+        return attention(query, *arguments, architecture=compute_capability(query.device))
 
 
 def query_counts(num_queries: int, num_keys: int, causal: bool, query_mask: Tensor | None, device) -> Tensor:

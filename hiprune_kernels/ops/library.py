@@ -28,13 +28,20 @@ def warn_without_cpu_kernels() -> None:
     warnings.warn(f"hiprune_kernels: {NO_CPU_KERNELS}; CPU calls use the PyTorch reference", stacklevel=3)
 
 
-def gpu_gap(device: torch.device | None = None) -> str:
-    """Why the Triton attention kernels do not serve a GPU (the current one by default), or "" where they do."""
+@functools.cache
+def compute_capability(device: torch.device) -> int:
+    """90 for 9.0. Cached, as PyTorch's own takes as long as a launch."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def gpu_gap(device: torch.device) -> str:
+    """Why the Triton attention kernels do not serve a GPU, or "" where they do."""
     if not TRITON:
         return NO_TRITON
     if torch.version.hip is not None:
         return "an AMD GPU, where the kernels are not tested"
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if compute_capability(device) < 80:
         return "a GPU older than compute capability 8.0"
     return ""
 
@@ -66,7 +73,8 @@ def kernel_status() -> list[KernelStatus]:
     else:
         status += [KernelStatus("cpu", family, "PyTorch", NO_CPU_KERNELS) for family in ("attention", "selection")]
     if torch.cuda.is_available():
-        status.append(KernelStatus("cuda", "attention", "PyTorch" if gpu_gap() else "Triton", gpu_gap()))
+        gap = gpu_gap(torch.device("cuda", torch.cuda.current_device()))
+        status.append(KernelStatus("cuda", "attention", "PyTorch" if gap else "Triton", gap))
         triton = ("Triton", "") if TRITON else ("PyTorch", NO_TRITON)
         status.append(KernelStatus("cuda", "selection", *triton))
     return status

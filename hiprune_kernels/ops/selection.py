@@ -365,9 +365,17 @@ def cuda_kernel_gap(plan: SelectionPlan) -> str:
     return "" if most <= MAX_TOKENS else f"an image of {most} tokens, above {MAX_TOKENS}"
 
 
+@functools.lru_cache(maxsize=1024)
+def _cuda_plan(plan: tuple[int, ...]) -> SelectionPlan | None:
+    """What the kernel gets, or None where it does not cover the plan."""
+    decoded = SelectionPlan.from_flat(plan)
+    return None if cuda_kernel_gap(decoded) else decoded
+
+
 @torch.library.impl(library, "select_tokens", "CUDA")
 def _select_cuda(object_scores, deep_scores, candidate_mask, plan):
-    if cuda_kernel_gap(decoded := SelectionPlan.from_flat(plan)):
+    decoded = _cuda_plan(tuple(plan))
+    if decoded is None:
         return _select_reference(object_scores, deep_scores, candidate_mask, plan)
     from ..kernels import selection
 
@@ -378,7 +386,8 @@ def _select_cuda(object_scores, deep_scores, candidate_mask, plan):
 
 @torch.library.impl(library, "prune_tokens", "CUDA")
 def _prune_cuda(features, object_scores, deep_scores, candidate_mask, plan):
-    if cuda_kernel_gap(decoded := SelectionPlan.from_flat(plan)):
+    decoded = _cuda_plan(tuple(plan))
+    if decoded is None:
         return _prune_reference(features, object_scores, deep_scores, candidate_mask, plan)
     from ..kernels import selection
 
