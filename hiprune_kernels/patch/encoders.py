@@ -173,6 +173,11 @@ class EncoderRun:
     def sizes(self) -> list[int]:
         return [math.prod(grid) for grid in self.grids]
 
+    @property
+    def even(self) -> bool:
+        """Whether sizes alone tell that every tile keeps the same number of tokens, with no -1 among them."""
+        return self.filled and len(set(self.budgets)) == 1
+
     def kept(self) -> Tensor:
         """Which placeholders stay, bool; tile by tile: prefix rows that went through the connector, then tokens."""
         kept = self.roles > 0
@@ -305,8 +310,8 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
         shared = sizes[tile : tile + count]
         run.budgets += tile_budgets(shared, budget=settings.budget, retention=settings.retention)
         tile += count
-    device = next(tower.encoder.parameters()).device
     if run.budgets == sizes:  # nothing is selected, so every token counts as a register
+        device = next(tower.encoder.parameters()).device
         run.whole = True
         run.indices = torch.arange(sum(sizes), device=device)
         run.roles = torch.full((sum(sizes),), _REGISTER, dtype=torch.uint8, device=device)
@@ -406,7 +411,12 @@ def select(run: EncoderRun, settings: Settings) -> None:
 
 def _tile_indices(run: EncoderRun) -> Tensor:
     """Kept tokens of each tile, [B, K] counted within the tile; -1 fills."""
-    starts = torch.arange(len(run.grids), device=run.indices.device)[:, None] * run.sizes[0]
+    tiles, size = len(run.grids), run.sizes[0]
+    if tiles == 1:
+        return run.indices[None]
+    starts = torch.arange(0, tiles * size, size, device=run.indices.device)[:, None]
+    if run.even:
+        return run.indices.view(tiles, -1) - starts
     indices = pad_sequence(list(run.indices.split(run.budgets)), batch_first=True, padding_value=-1)
     return torch.where(indices < 0, indices, indices - starts)
 
@@ -423,7 +433,9 @@ def _select_rows(run: EncoderRun) -> Tensor:
     prefix, group = run.tower.num_prefix_tokens, 1 if run.unit_rows is None else run.unit_rows.shape[1]
     if run.tower.family.packed:
         return (_packed_units(run)[:, None] * group + torch.arange(group, device=run.indices.device)).flatten()
-    indices = _tile_indices(run).clamp(min=0)
+    indices = _tile_indices(run)
+    if not run.even:
+        indices = indices.clamp(min=0)
     if run.unit_rows is not None:
         indices = run.unit_rows.to(indices.device)[indices].flatten(1)
     return with_prefix(indices, prefix)
@@ -494,9 +506,8 @@ def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
     projected = type(self).forward(self, features)
     run.connector_prefix = prefix = projected.shape[1] - tokens.shape[1]
     length = prefix + run.sizes[0]
-    filled = run.filled and len(set(run.budgets)) == 1
-    places = tokens if filled else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last
+    places = tokens if run.even else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last
     places = with_prefix(places, prefix).to(projected.device)[..., None].expand_as(projected)
-    shape = (len(projected), length if filled else length + 1, projected.shape[-1])
+    shape = (len(projected), length if run.even else length + 1, projected.shape[-1])
     spread = projected.new_zeros(shape).scatter(1, places, projected)
-    return spread if filled else spread[:, :length].contiguous()
+    return spread if run.even else spread[:, :length].contiguous()
