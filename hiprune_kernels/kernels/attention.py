@@ -247,7 +247,7 @@ def attention(
         return output, query.new_zeros(shape, dtype=torch.float32)
 
     scale = D**-0.5 if scale is None else scale
-    borrow = (
+    borrow = (  # the table wants it on these architectures only; elsewhere the question would cost host time
         architecture in FLASH_ATTENTION_2
         and value is not None
         and not packed

@@ -30,7 +30,7 @@ def warn_without_cpu_kernels() -> None:
 
 @functools.cache
 def compute_capability(device: torch.device) -> int:
-    """90 for 9.0. Cached, as PyTorch's own takes as long as a launch."""
+    """90 for 9.0. Cached, as every call asks for it."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
