@@ -263,7 +263,7 @@ def test_offsets_beyond_32_bits():
         output, scores = attend(query, key, value, path=path)
         check_output(output, wanted[0], torch.bfloat16)
         check_scores(scores, wanted[1])
-    rows = base.as_strided((600, 1, 16), (3_579_136, 16, 1)).copy_(torch.randn(600, 1, 16, **CUDA))
+    rows = base.as_strided((600, 1, 16), (3_579_152, 16, 1)).copy_(torch.randn(600, 1, 16, **CUDA))
     cu = torch.tensor([0, 100, 600], dtype=torch.int32, **CUDA)
     assert rows.stride(0) * 600 > 2**31
     check_public(rows, rows, rows, cu_seqlens_q=cu)

@@ -36,13 +36,13 @@ class Section(NamedTuple):
 
 SECTIONS = {  # most important first
     "tests": Section(0.34, 20.0),
-    "attention": Section(0.30, 25.0),
-    "encoder": Section(0.10, 25.0),
-    "selection": Section(0.06, 15.0),
-    "llava": Section(0.15, 40.0),
-    "paths": Section(0.12, 20.0),
+    "attention": Section(0.22, 25.0),
+    "encoder": Section(0.11, 25.0),
+    "selection": Section(0.03, 10.0),
+    "llava": Section(0.24, 40.0),
+    "paths": Section(0.09, 20.0),
     "sanitizer": Section(0.10, 30.0),
-    "tune": Section(0.60, 40.0),
+    "tune": Section(0.20, 30.0),
 }
 
 

@@ -123,4 +123,4 @@ def _measure(context: Context, batch: int) -> list[Row]:
 
 def cases(context: Context) -> list[Case]:
     batches = (1, 2) if context.quick else (1, 8, 64)
-    return [Case(f"CLIP-L/14-336 B={b}", 15.0, lambda b=b: _measure(context, b)) for b in batches]
+    return [Case(f"CLIP-L/14-336 B={b}", 5.0 + 0.35 * b, lambda b=b: _measure(context, b)) for b in batches]

@@ -2,7 +2,8 @@
 unpruned and pruned.
 
 As the paper's efficiency table. Prefill: one forward over prompt and image, with the vision tower. Decode: what
-`generate` takes per further token. Both include the time that Python needs to launch the work, as users see it.
+`generate` takes per further token. Both include the time that Python needs to launch the work, as users see it; the
+GPU's share of the prefill stands beside it.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import hiprune_kernels as hk
 from .attention import relative_error
 from .context import Case, Context, Row
 from .models import llava_model, random_model
-from .timing import compare, free_memory, peak_extra_bytes
+from .timing import compare, device_seconds, free_memory, peak_extra_bytes
 
 TEXT_TOKENS = 48  # of a prompt beside the image's, about a question's
 _DEFAULT = {"vision_feature_select_strategy": "default"}  # without CLS tokens
@@ -105,10 +106,13 @@ def _measure(context: Context, model: Callable[[], _Llava], batch: int, budget: 
             samples = 3 if context.quick else 10  # as in the paper
             options = {"samples": samples, "graph_below": 0.0, "warm_up": 1}
             prefill = compare({"": [lambda: llava.prefill(inputs)]}, context.clock, **options)[""].launched
+            busy = device_seconds(lambda: llava.prefill(inputs), context.device)
             lengths = {n: [lambda n=n: llava.generate(inputs, n)] for n in (1, 1 + new_tokens)}
             generated = compare(lengths, context.clock, **(options | {"samples": max(3, samples // 3)}))
         decode = (generated[1 + new_tokens].launched.median - generated[1].launched.median) / new_tokens
         row |= {"prefill ms": prefill.median * 1e3, "decode ms": decode * 1e3, "tokens/s": batch / decode}
+        if busy is not None:
+            row["prefill GPU ms"] = busy * 1e3
         if peak is not None:
             weights = sum(p.numel() * p.element_size() for p in llava.model.parameters())
             row |= {"peak GiB": (peak + torch.cuda.memory_allocated()) / 2**30, "weights GiB": weights / 2**30}

@@ -235,8 +235,8 @@ def _case(context: Context, rows: Callable[[Context, str], list[Row]], name: str
 
 def path_cases(context: Context) -> list[Case]:
     names = ("CLIP-L B=1", "Qwen 4096") if context.quick else PATH_SHAPES
-    return [_case(context, _paths, name, 6.0) for name in names]
+    return [_case(context, _paths, name, 4.0) for name in names]
 
 
 def tune_cases(context: Context) -> list[Case]:
-    return [_case(context, _tune, name, 40.0) for name in TUNE_SHAPES[: 1 if context.quick else None]]
+    return [_case(context, _tune, name, 15.0) for name in TUNE_SHAPES[: 1 if context.quick else None]]

@@ -38,6 +38,11 @@ def _rows(results: Results, section: str, case: str, computes: str | None = None
     return {row["way"]: row for row in rows if row.get("computes") == computes and "us" in row}
 
 
+def _prefill(results: Results, case: str) -> Row:
+    cases = results["sections"].get("llava", {}).get("cases", [])
+    return next((row for found in cases if found["case"] == case for row in found.get("rows", [])), {})
+
+
 def _best(row: Row | None) -> float | None:
     return None if row is None else min(row["us"], row.get("graph us", row["us"]))
 
@@ -86,6 +91,15 @@ def goals(results: Results) -> list[Goal]:
         found.append(Goal(f"encoder B={batch}: scored and pruned / SDPA", 1.0, 0.96, value))
         value = _ratio((released or {}).get("us"), (pruned or {}).get("us"))
         found.append(Goal(f"encoder B={batch}: released code / scored and pruned, launched", 2.0, 4.0, value))
+    for name, tokens, goal, moonshot in (
+        ("LLaVA-NeXT-7B B=1", 320, 7.5, 8.5),
+        ("LLaVA-1.5-7B B=1", 64, 2.0, 3.0),
+        ("LLaVA-1.5-7B B=8", 64, 2.0, 3.0),
+    ):
+        whole, part = (_prefill(results, f"{name}, {kind}") for kind in ("unpruned", f"{tokens} tokens"))
+        for column, seen in (("prefill ms", "prefill"), ("prefill GPU ms", "prefill, GPU time alone")):
+            text = f"{name}: {seen}, unpruned / {tokens} tokens"
+            found.append(Goal(text, goal, moonshot, _ratio(whole.get(column), part.get(column))))
     memory = _rows(results, "attention", "Qwen 16384", fused).get("ours", {}).get("extra MiB")
     copies = _ratio(memory, 16 * 16384 * 80 * 2 / 2**20)
     found.append(Goal("Qwen 16384: extra memory, in copies of the queries", 4.0, 3.0, copies))

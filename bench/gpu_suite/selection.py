@@ -113,6 +113,6 @@ def _measure(context: Context, shape: Shape) -> list[Row]:
 def cases(context: Context) -> list[Case]:
     def case(name: str, shape: Shape) -> Case:
         size = Shape(min(shape.B, 2), (12, 12), 100, 16) if context.quick else shape
-        return Case(name, 5.0, lambda: _measure(context, size))
+        return Case(name, 2.0, lambda: _measure(context, size))
 
     return [case(*item) for item in SHAPES.items()]

@@ -237,6 +237,18 @@ def peak_extra_bytes(call: Call, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - held
 
 
+def device_seconds(call: Call, device: torch.device) -> float | None:
+    """What the GPU's kernels and copies of one call take together, whatever the host does between; None on CPUs."""
+    if device.type != "cuda":
+        return None
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.self_device_time_total for event in profile.key_averages()) * 1e-6
+
+
 def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":

@@ -4,14 +4,14 @@ A column score is a sum over the rows of softmax(scale Q K^T) (Eq. 2 of the pape
 known only after all of its keys: no exact one-pass scheme exists unless the probabilities are kept. `plan` chooses a
 path:
 
-    strip    all logits of a block of queries stay in registers: exp and Q K^T once. For few keys.
+    strip    all logits of a block of queries stay in registers: exp and Q K^T once. For up to 128 keys.
     sweeps   one launch: a flash-attention sweep over the keys, then a second sweep for the probabilities, transposed
              (keys x queries), so that queries lie along a thread's registers and their sum is cheap.
     passes   two launches and O(N) extra memory: output, maximum and sum of each row, then the scores. The scores pass
              owns a block of keys, adds up probabilities elementwise and reduces over rows once, at the end (a
              reduction per step costs twice the instructions). For many keys, and for packed sequences.
     flash, cudnn    as passes, with output and log-sum-exp (LSE) from PyTorch's own attention.
-    flash_attn      as passes, with both from the flash-attn package; not measured yet, so the table does not choose it.
+    flash_attn      as passes, with both from the flash-attn package; never measured, so the table does not choose it.
 
 Nothing is added atomically: partial scores stand in fixed slots, [B, Hq, slots, N], and are added in a fixed order.
 Block shapes and slots follow from (M, N, H, D, dtype, architecture), never from the batch, so results are the same bits
@@ -29,13 +29,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
 
-from . import cdiv, next_power_of_2
+from . import cdiv, launch, next_power_of_2
 from .attention_kernels import attention_kernel, reduce_kernel, scores_kernel, strip_kernel
 
 LOG2_E = math.log2(math.e)  # the kernels work in base 2
 BORROWED = ("flash", "cudnn", "flash_attn")
-FLASH_ATTENTION_2 = (80, 86, 89)  # architectures that it was written for
+# Whose attention lends its output and LSE, by architecture. Flash attention 2 was written for the first three. On an
+# H200 cuDNN's is the fastest, and its bits never depended on the batch in 54 comparisons (six shapes, batches to 16).
+BORROWED_ON = {80: "flash", 86: "flash", 89: "flash", 90: "cudnn"}
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
@@ -71,32 +74,29 @@ def plan(
     borrow: bool = False,
     path: str | None = None,
 ) -> Plan:
-    """The table. Its reasons are registers and instructions of compiled code; no time has been measured yet.
+    """The table, as measured on an H200 (bench/results/gpu_h200.md). Elsewhere the same blocks are assumed to be best.
 
-    A step of 32 logits a thread takes, on sm_90 with D = 64, 189 instructions in the scores pass, 212 in the second
-    sweep, 224 for sums without output, 318 with output; its 32 exponentials alone occupy what 256 do. Two tiles of 64
-    keys (K and V) for 64 queries would need 50 bytes of L2 a clock and multiprocessor, twice what there is: hence 128
-    rows on the side that a block keeps, unless that pads a tenth more. Registers, and blocks at a time: sweeps
-    107 and 2, passes 109 and 2, scores pass 102 and 2, strip of 64 keys 80 and 6, of 256 keys 255 and 2; D = 72 and 80
-    have 176 and 1 with output (64 x 64 blocks of 4 warps: 161 and 3, the first alternative to measure). Chained
-    products want block_m >= 16 warps, or tiles bounce through shared memory. All fits the 99 KB of sm_86 and sm_120.
+    Of 11 shapes of tiles, 64 x 64 with 4 warps and 3 stages were the fastest or within 5% of it for every kernel and
+    shape that was tried (577 x 64, 729 x 72, 2048 x 64 and 4096 x 80, batches of 1 to 32). With D = 72 and 80 eight
+    warps took up to twice as long: their registers let one block at a time onto a multiprocessor.
+
+    Paths on an H200, output and scores: strip is 1.5 times as fast as sweeps with 50 keys, and slower with 198. passes
+    are up to 7% faster than sweeps from 577 keys on. cuDNN's attention makes up for its conversions where D is above
+    64 or there are 1024 keys: 5% (2048 x 64), 8% (729 x 72) and 12% (4096 x 80) less than passes.
 
     Args:
         M, N: queries and keys; of no account where `packed`, since lengths then stand on the device.
         architecture: 90 for compute capability 9.0.
-        borrow: whether PyTorch's flash attention covers the call and its output is wanted.
+        borrow: whether the attention that is `BORROWED_ON` this architecture covers the call and its output is wanted.
         path: take this path whatever the table says.
 
     Example:
-        >>> plan(577, 577, 16, 64, torch.bfloat16, 90).path, plan(4096, 4096, 16, 80, torch.bfloat16, 90).path
-        ('sweeps', 'passes')
+        >>> plan(577, 577, 16, 64, torch.bfloat16, 90).path, plan(50, 50, 12, 64, torch.bfloat16, 90).path
+        ('passes', 'strip')
     """
     half = dtype != torch.float32
     if half and D <= 128:
-        stages = 3 if D <= 80 else 2
-        tall = packed or 10 * cdiv(M, 128) * 128 <= 11 * cdiv(M, 64) * 64
-        attention = Blocks(128, 64, 8, stages) if tall else Blocks(64, 64, 4, stages)
-        scores = Blocks(64, 128, 8, stages)
+        attention = scores = Blocks(64, 64, 4, 3 if D <= 80 else 2)
     elif half:
         attention, scores = Blocks(64, 32, 8, 2), Blocks(64, 64, 8, 1)
     elif D <= 128:  # three products of split operands: small tiles. With D above 96 some registers spill.
@@ -105,19 +105,20 @@ def plan(
     else:
         attention = scores = Blocks(32, 16, 4, 1)
 
-    # sm_90 alone keeps a strip of 256 keys without spills, up to D = 64.
-    strip = 256 if architecture == 90 and D <= 64 else 128
     if path is None:
+        borrowed, most_swept = BORROWED_ON.get(architecture), 256 if architecture == 90 else 1024
         if packed:
             path = "passes"  # sweeps would need a slot per block of the longest sequence, which the host does not know
-        elif half and D <= 128 and strip >= N:
+        elif half and D <= 128 and _split_head_dim(D)[1] == 0 and N <= 128:  # a strip's head dimension is one tile
             path = "strip"
-        elif N <= 1024 and (half or D <= 64):
-            path = "sweeps"  # above, M N / 64 partial sums a head begin to weigh as much as the queries
-        elif borrow and architecture in FLASH_ATTENTION_2 and heads * cdiv(M, 64) >= 256:
+        elif borrow and borrowed == "cudnn" and (D > 64 or N >= 1024):
+            path = "cudnn"
+        elif borrow and borrowed == "flash" and N > 1024 and heads * cdiv(M, 64) >= 256:
             # It splits the keys, by a rule that counts the batch, only where one block per 64 queries leaves
             # multiprocessors idle: with 256 blocks per batch entry it never does.
             path = "flash"
+        elif most_swept >= N and (half or D <= 64):
+            path = "sweeps"  # above, M N / 64 partial sums a head begin to weigh as much as the queries
         else:
             path = "passes"
     if path == "strip":
@@ -136,7 +137,7 @@ def plan(
 
 
 def _launch(kernel, programs: int, arguments: dict, constants: dict, blocks: Blocks) -> None:
-    kernel[(programs,)](**arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages)
+    launch(kernel, (programs,), arguments, constants, blocks.warps, blocks.stages)
 
 
 @functools.cache
@@ -178,16 +179,20 @@ def _reduced(partial: Tensor, per_head: bool, factor: float, launch: Callable) -
     return scores
 
 
-def _borrowable(query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, causal: bool) -> bool:
-    """Whether PyTorch's flash attention covers the call (`plan` says whether it is wanted)."""
+def _borrowable(
+    path: str, query: Tensor, key: Tensor, value: Tensor, key_mask: Tensor | None, scale: float, causal: bool
+) -> bool:
+    """Whether this attention of PyTorch's covers the call (`plan` says whether it is wanted)."""
     (_, heads, M, D), (_, heads_k, N, _) = query.shape, key.shape
-    if scale <= 0:  # it takes the largest logit before it scales
+    if not scale > 1e-30:  # it takes the largest logit before it scales, and 1 / scale must be finite here
         return False
-    if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8:
+    if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8 or D > 128:
         return False
     if causal and M != N:  # aligned otherwise there
         return False
-    # It reads 16 bytes at a time.
+    if path == "cudnn" and not can_use_cudnn_attention(SDPAParams(query, key, value, None, 0.0, causal, False)):
+        return False  # or the user has turned it off
+    # They read 16 bytes at a time.
     return all(x.data_ptr() % 16 == 0 and math.gcd(8, *x.stride()[:3]) == 8 for x in (query, key, value))
 
 
@@ -247,11 +252,12 @@ def attention(
         return output, query.new_zeros(shape, dtype=torch.float32)
 
     scale = D**-0.5 if scale is None else scale
-    borrow = (  # the table wants it on these architectures only; elsewhere the question would cost host time
-        architecture in FLASH_ATTENTION_2
+    lender = BORROWED_ON.get(architecture)
+    borrow = (
+        lender is not None
         and value is not None
         and not packed
-        and _borrowable(query, key, value, key_mask, scale, causal)
+        and _borrowable(lender, query, key, value, key_mask, scale, causal)
     )
     chosen = plan(M, N, heads, D, query.dtype, architecture, packed=packed, borrow=borrow, path=path)
     output = None if value is None or chosen.path in BORROWED else _empty_output(query, packed)
@@ -292,6 +298,8 @@ def attention(
         partial = query.new_empty(B, heads, slots, N, dtype=torch.float32)
         arguments = {**sequences, **values, "partial_ptr": partial}
         if chosen.path == "strip":
+            constants["D1"] = max(16, next_power_of_2(D))
+            del constants["D2"]
             launch(strip_kernel, programs, arguments, shape(blocks), blocks)
         else:
             launch(
@@ -302,12 +310,12 @@ def attention(
                 blocks,
             )
     else:
-        weight, top_scale = None, LOG2_E
+        weight, top_scale = None, 1.0
         if chosen.path in BORROWED:
             output, top = _borrowed(chosen.path, query, key, value, scale, causal)
+            top_scale = 1 / scale
         else:
             top, weight = query.new_empty(2, B, heads, M, dtype=torch.float32)
-            top_scale = 1.0
             arguments = {**sequences, **lengths, **values, "top_ptr": top, "weight_ptr": weight, "partial_ptr": None}
             launch(attention_kernel, programs, arguments, shape(blocks), blocks)
         blocks = chosen.scores

@@ -142,10 +142,12 @@ def _softmax_step(
 ):
     """One tile of flash attention."""
     top, total, output1, output2 = state
-    new_top = tl.maximum(top, tl.max(logits, 1) * logit_scale)
+    new_top = tl.maximum(top, tl.max(logits, 1))
     base = tl.where(new_top == float("-inf"), 0.0, new_top)  # no visible key yet: -inf - -inf would be NaN
-    p = tl.exp2(logits * logit_scale - base[:, None])
-    correction = tl.exp2(top - base)
+    # Subtracted before it is scaled: in one multiply-add the largest logit, scaled and rounded, would miss its own
+    # product, by 512 where that is 1e10, and exp2 of it would be 0 or infinite.
+    p = tl.exp2((logits - base[:, None]) * logit_scale)
+    correction = tl.exp2((top - base) * logit_scale)
     if v_ptr is not None:
         v1, v2 = _load(v_ptr, first_row, stride, valid, BLOCK_N, D, D1, D2, ALIGN)
         weights = p.to(v1.dtype)
@@ -164,8 +166,8 @@ def attention_kernel(
     k_ptr,
     v_ptr,  # None: no output
     output_ptr,
-    top_ptr,  # None, or [B, H, M]: the largest logit of each row in base 2
-    weight_ptr,  # 1 / the sum of exp2(logit - top), kept apart: top + log2(sum) would lose bits of large logits
+    top_ptr,  # None, or [B, H, M]: the largest Q K^T of each row
+    weight_ptr,  # 1 / the sum of the exponentials, kept apart: added to `top` it would lose bits where that is large
     partial_ptr,  # None, or [B, H, blocks of queries, N]: the second sweep
     key_mask_ptr,
     query_mask_ptr,
@@ -209,8 +211,8 @@ def attention_kernel(
     q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
     if NEGATE:
         q1, q2 = -q1, -q2
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # of the logits so far
-    total = tl.zeros([BLOCK_M], tl.float32)  # of exp2(logit - top)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)  # the largest Q K^T so far
+    total = tl.zeros([BLOCK_M], tl.float32)  # of exp2((Q K^T - top) * logit_scale)
     output1, output2 = total, total  # not used
     if v_ptr is not None:
         v_ptr = _of_head(v_ptr, v_strides, batch, head // group, ALIGN)
@@ -267,7 +269,7 @@ def attention_kernel(
             columns = first_n + tl.arange(0, BLOCK_N)
             valid = _valid_rows(first_n, length_k, start_k, key_mask_ptr, key_mask_strides, batch, BLOCK_N)
             k1, k2 = _load(k_ptr, start_k + first_n, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
-            p = tl.exp2(_product(k1, k2, q1, q2, D2) * logit_scale - top[None, :]) * weight[None, :]
+            p = tl.exp2((_product(k1, k2, q1, q2, D2) - top[None, :]) * logit_scale) * weight[None, :]
             if CAUSAL:
                 p = tl.where(columns[:, None] <= rows[None, :] + shift, p, 0.0)
             if query_mask_ptr is not None:
@@ -305,13 +307,16 @@ def strip_kernel(
     CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
-    D1: tl.constexpr,
-    D2: tl.constexpr,
+    D1: tl.constexpr,  # a power of two, at least D
     ALIGN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,  # at least N
 ):
-    """`attention_kernel` where one tile holds all keys: its probabilities are the scores', no second sweep."""
+    """`attention_kernel` where one tile holds all keys: its probabilities are the scores', no second sweep.
+
+    The head dimension is one tile wide: of two products with these probabilities ptxas 12.8 computes the second wrongly
+    (its later steps read V at the address of something else).
+    """
     batch, head, first_m, _, _, _, _ = _locate(tl.program_id(0), heads, M, N, None, None, 0, BLOCK_M)
     rows, columns = first_m + tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N)
     exists = rows < M
@@ -320,17 +325,17 @@ def strip_kernel(
     if CAUSAL:
         visible = visible & (columns[None, :] <= rows[:, None] + (N - M))
 
-    q1, q2 = _load(
-        _of_head(q_ptr, q_strides, batch, head, ALIGN), first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN
+    q, _ = _load(
+        _of_head(q_ptr, q_strides, batch, head, ALIGN), first_m, q_strides[2], exists, BLOCK_M, D, D1, 0, ALIGN
     )
     if NEGATE:
-        q1, q2 = -q1, -q2
-    k1, k2 = _load(
-        _of_head(k_ptr, k_strides, batch, head // group, ALIGN), 0, k_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN
+        q = -q
+    k, _ = _load(
+        _of_head(k_ptr, k_strides, batch, head // group, ALIGN), 0, k_strides[2], valid, BLOCK_N, D, D1, 0, ALIGN
     )
-    logits = tl.where(visible, _product(q1, q2, k1, k2, D2), float("-inf"))
-    top = tl.max(logits, 1) * logit_scale
-    p = tl.exp2(logits * logit_scale - tl.where(top == float("-inf"), 0.0, top)[:, None])
+    logits = tl.where(visible, _product(q, q, k, k, 0), float("-inf"))
+    top = tl.max(logits, 1)
+    p = tl.exp2((logits - tl.where(top == float("-inf"), 0.0, top)[:, None]) * logit_scale)
     total = tl.sum(p, 1)
     blind = total == 0.0
     inverse = 1.0 / tl.where(blind, 1.0, total)
@@ -348,16 +353,11 @@ def strip_kernel(
 
     if v_ptr is not None:
         v_ptr = _of_head(v_ptr, v_strides, batch, head // group, ALIGN)
-        v1, v2 = _load(v_ptr, 0, v_strides[2], valid, BLOCK_N, D, D1, D2, ALIGN)
-        weights = p.to(v1.dtype)
-        output1 = tl.dot(weights, v1, input_precision=PRECISION)
-        output2 = output1
-        if D2 > 0:
-            output2 = tl.dot(weights, v2, input_precision=PRECISION)
-        output1 = tl.where(blind[:, None], 0.0, output1 * inverse[:, None])
-        output2 = tl.where(blind[:, None], 0.0, output2 * inverse[:, None])
+        v, _ = _load(v_ptr, 0, v_strides[2], valid, BLOCK_N, D, D1, 0, ALIGN)
+        output = tl.dot(p.to(v.dtype), v, input_precision=PRECISION)
+        output = tl.where(blind[:, None], 0.0, output * inverse[:, None])
         output_ptr = _of_head(output_ptr, output_strides, batch, head, ALIGN)
-        _store(output_ptr, first_m, output_strides[2], exists, output1, output2, D, ALIGN)
+        _store(output_ptr, first_m, output_strides[2], exists, output, output, D, ALIGN)
 
 
 @triton.jit
@@ -365,7 +365,7 @@ def scores_kernel(
     q_ptr,
     k_ptr,
     top_ptr,  # [B, H, M], as `attention_kernel` leaves them
-    weight_ptr,  # None: `top` is a log-sum-exp
+    weight_ptr,  # None: `top` is a natural log-sum-exp
     partial_ptr,  # [B, H, splits, N]
     key_mask_ptr,
     query_mask_ptr,
@@ -384,7 +384,7 @@ def scores_kernel(
     splits,
     split_rows,  # queries per split, a multiple of BLOCK_M
     logit_scale,
-    top_scale,  # to base 2
+    top_scale,  # from `top` to the scale of Q K^T
     CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
@@ -424,7 +424,7 @@ def scores_kernel(
         counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
         q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
         top = tl.load(top_ptr + rows, mask=counted, other=float("inf")) * top_scale
-        p = tl.exp2(_product(q1, q2, k1, k2, D2) * logit_scale - top[:, None])
+        p = tl.exp2((_product(q1, q2, k1, k2, D2) - top[:, None]) * logit_scale)
         if weight_ptr is not None:
             p *= tl.load(weight_ptr + rows, mask=counted, other=0.0)[:, None]
         if CAUSAL:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
 from ..reference import ANCHOR, BUFFER, DROPPED, NEIGHBORS, REGISTER
-from . import cdiv, next_power_of_2
+from . import cdiv, launch, next_power_of_2
 
 MAX_TOKENS = 16384  # of one image: the most that one program's registers hold
 
@@ -247,7 +247,7 @@ def select_kernel(
 _IMAGES = 16  # different images per launch: their sizes are kernel arguments, and 16 of them cost little time to pass
 _ROWS = 8  # gathered at a time
 _COLUMN_BYTES = 2048  # of each of them
-_PROGRAMS = 256  # about as many as keep the largest GPUs busy; more would only repeat the selection
+_PROGRAMS = 128  # about the multiprocessors of the largest GPUs: a second round would repeat the selection
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -321,43 +321,44 @@ def _select(
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     element_size = 8 if source is None else source.element_size()
 
-    for launch in _launches(plan.images, *(batch or (None,))):
-        if launch.count == 0:
+    for part in _launches(plan.images, *(batch or (None,))):
+        if part.count == 0:
             continue
         parts = 1
         if source is not None:
-            parts = min(cdiv(launch.budget, _ROWS), max(1, _PROGRAMS // launch.count))
-        rows = cdiv(cdiv(launch.budget, parts), _ROWS) * _ROWS
-        select_kernel[(launch.count, cdiv(launch.budget, rows))](
-            object_scores,
-            deep_scores,
-            mask,
-            source,
-            target,
-            indices,
-            roles,
-            launch.images,
-            launch.token_start,
-            launch.row_start,
-            rows,
-            plan.num_prefix_tokens,
-            0 if source is None else source.shape[-1],
-            object_scores.shape[-2],
-            deep_scores.shape[-2],
-            *_strides(object_scores, 3),
-            *_strides(deep_scores, 3),
-            *_strides(mask, 2),
-            *_strides(source, 3),
-            **_constants(packed, launch.tokens, element_size, plan),
-            num_warps=_warps(launch.tokens),
-        )
+            parts = min(cdiv(part.budget, _ROWS), max(1, _PROGRAMS // part.count))
+        rows = cdiv(cdiv(part.budget, parts), _ROWS) * _ROWS
+        arguments = {
+            "object_ptr": object_scores,
+            "deep_ptr": deep_scores,
+            "mask_ptr": mask,
+            "features_ptr": source,
+            "kept_ptr": target,
+            "indices_ptr": indices,
+            "roles_ptr": roles,
+            "images": part.images,
+            "token_start": part.token_start,
+            "row_start": part.row_start,
+            "rows_per_program": rows,
+            "num_prefix_tokens": plan.num_prefix_tokens,
+            "channels": 0 if source is None else source.shape[-1],
+            "object_slots": object_scores.shape[-2],
+            "deep_slots": deep_scores.shape[-2],
+            **_strides("stride_o", "ist", object_scores),
+            **_strides("stride_d", "ist", deep_scores),
+            **_strides("stride_m", "it", mask),
+            **_strides("stride_f", "itc", source),
+        }
+        constants = _constants(packed, part.tokens, element_size, plan)
+        launch(select_kernel, (part.count, cdiv(part.budget, rows)), arguments, constants, _warps(part.tokens), 3)
     return kept, indices, roles
 
 
-def _strides(tensor: Tensor | None, dims: int) -> tuple[int, ...]:
-    """Image, (slot,) token and channel strides: a packed tensor has no image dimension, so its image stride is 0."""
+def _strides(prefix: str, dims: str, tensor: Tensor | None) -> dict[str, int]:
+    """Strides by the kernel's names: (i)mage, (s)lot, (t)oken, (c)hannel. A packed tensor's image stride is 0."""
     strides = () if tensor is None else tensor.stride()
-    return (0,) * (dims - len(strides)) + strides
+    strides = (0,) * (len(dims) - len(strides)) + strides
+    return {prefix + dim: stride for dim, stride in zip(dims, strides)}
 
 
 def select_tokens(

@@ -366,16 +366,21 @@ def test_only_positive_scales_are_borrowed(monkeypatch, scale, borrowed):
 def test_the_table():
     half, full = torch.bfloat16, torch.float32
     assert plan(50, 50, 12, 64, half, 80).path == "strip"
-    assert plan(198, 198, 12, 64, half, 90).path == "strip"
-    assert plan(198, 198, 12, 64, half, 80).path == "sweeps"
+    assert plan(50, 50, 12, 80, half, 80).path == "sweeps"  # 80 is no power of two
+    assert plan(198, 198, 12, 64, half, 90).path == "sweeps"
     assert plan(50, 50, 12, 64, full, 90).path == "sweeps"
-    assert plan(577, 577, 16, 64, half, 90).path == "sweeps"
+    assert plan(577, 577, 16, 64, half, 80).path == "sweeps"
+    assert plan(577, 577, 16, 64, half, 90).path == "passes"
+    assert plan(577, 577, 16, 64, half, 90, borrow=True).path == "passes"
+    assert plan(577, 577, 16, 72, half, 90, borrow=True).path == "cudnn"
     assert plan(577, 577, 16, 72, full, 90).path == "passes"
     assert plan(1, 4096, 16, 64, half, 90).path == "passes"
     assert plan(2048, 2048, 16, 64, half, 80).path == "passes"
+    assert plan(577, 577, 16, 64, half, 80, borrow=True).path == "sweeps"
     assert plan(2048, 2048, 16, 64, half, 80, borrow=True).path == "flash"
-    assert plan(2048, 2048, 16, 64, half, 90, borrow=True).path == "passes"
     assert plan(2048, 2048, 4, 64, half, 80, borrow=True).path == "passes"  # one image does not fill the GPU
+    assert plan(2048, 2048, 16, 64, half, 90, borrow=True).path == "cudnn"
+    assert plan(2048, 2048, 16, 64, half, 100, borrow=True).path == "passes"
     assert plan(50, 50, 12, 64, half, 90, packed=True).path == "passes"
     for D in range(1, 129):
         for M in (1, 64, 129, 577, 5000):
