@@ -143,6 +143,8 @@ def _machine_code(cubin: bytes) -> dict[str, int]:
         file.write(cubin)
         file.flush()
         usage, code = dump("-res-usage"), dump("-sass")
+    if torn := torn_addresses(code):
+        raise RuntimeError(f"miscompiled: both halves of an address come from one register: {torn[0]}")
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)", code, re.MULTILINE)
     figures = {"registers": int(re.search(r"REG:(\d+)", usage)[1]), "stack": int(re.search(r"STACK:(\d+)", usage)[1])}
     figures |= {name: sum(bool(re.match(p, opcode)) for opcode in opcodes) for name, p in _COUNTED.items()}
@@ -160,6 +162,27 @@ def _compile_here(name: str, architectures: list[int]) -> None:
             figures = {"error": " ".join(str(error.__cause__ or error).split())[-300:]}
         line = {"digest": digest(variant), "warps": variant.num_warps, "stages": variant.num_stages, **figures}
         print(json.dumps([architecture, line, time.perf_counter() - began]), flush=True)
+
+
+_LOW = re.compile(r"UIADD3 UR\d+, (UP\d), (UR\d+), .*?;")
+_HIGH = re.compile(r"UIADD3\.X UR\d+, (UR\d+), .*?, (UP\d), !UPT ;")
+
+
+def torn_addresses(code: str) -> list[str]:
+    """64-bit additions whose low half is read from the register of the high half, in text that cuobjdump prints.
+
+    ptxas 12.8 made such code of the address of a tile that tensor cores read: everything after the first step of the
+    product was computed from other memory. It was seen on a GPU only, by wrong results.
+    """
+    found, low = [], {}  # predicate with the carry -> the instruction that sets it, and the register it reads
+    for line in code.splitlines():
+        if (match := _LOW.search(line)) is not None:
+            low[match[1]] = match[0], match[2]
+        elif (match := _HIGH.search(line)) is not None and match[2] in low:
+            instruction, register = low.pop(match[2])
+            if register == match[1]:
+                found.append(f"{instruction} {match[0]}")
+    return found
 
 
 # ----------------------------------------------------------------------------------------------------------- command

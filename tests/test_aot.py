@@ -10,7 +10,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 # Compiled anew for sm_90: a kernel of each kind, where speed counts most.
 SAMPLE = (
-    "strip_kernel/deit/bf16/output",
+    "strip_kernel/clip_b32/bf16/output",
     "attention_kernel/clip_l/bf16/output",
     "attention_kernel/qwen/bf16/scores",
     "scores_kernel/vjepa2/bf16/output",
@@ -100,3 +100,22 @@ def test_a_compiler_that_fails_is_reported(aot):
     assert "exit status 1" in figures["error"]
     assert "no such kernel" in figures["error"]
     assert "FAILED" in aot._summary(figures)
+
+
+TORN = """
+        /*4e20*/                   UIADD3 UR4, UP0, UR7, 0x20, URZ ;
+        /*4e30*/                   UIADD3.X UR5, UR7, -0x3ffffff0, URZ, UP0, !UPT ;
+"""
+WHOLE = """
+        /*12d0*/                   UIADD3 UR10, UP0, UR10, 0x2, URZ ;
+        /*12e0*/                   UIADD3 UR7, UR7, 0x2, URZ ;
+        /*12f0*/                   UIADD3 UR8, UP1, UR6, 0x2, URZ ;
+        /*1320*/                   UIADD3.X UR7, UR6, -0x7fffffe0, URZ, UP0, !UPT ;
+        /*1330*/                   UIADD3.X UR9, UR5, -0x7fffffe0, URZ, UP1, !UPT ;
+"""
+
+
+def test_a_miscompiled_address_is_found(aot):
+    assert len(aot.torn_addresses(TORN)) == 1
+    assert "UR4, UP0, UR7" in aot.torn_addresses(WHOLE + TORN)[0]
+    assert aot.torn_addresses(WHOLE) == []

@@ -233,6 +233,6 @@ def cases(context: Context) -> list[Case]:
     found = []
     for name, shape in SHAPES.items():
         measure, size = (_windows if shape.window else _dense), (quick(shape) if context.quick else shape)
-        seconds = 15.0 if name in FLEX or shape.N > 10_000 else 6.0
+        seconds = 4.0 + 8.0 * (name in FLEX) + 6.0 * (shape.N > 10_000)
         found.append(Case(name, seconds, lambda m=measure, n=name, s=size: m(context, n, s)))
     return found

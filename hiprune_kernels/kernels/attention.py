@@ -377,7 +377,9 @@ def aot_variants() -> list[tuple]:
         record(f"{shape}/bf16/masked", shape=shape, **bf16)
         record(f"{shape}/bf16/masked_causal", shape=shape, causal=True, **bf16)
     record("qwen_packed/bf16/masked_causal", shape="qwen", causal=True, packed=True, **bf16)
-    record("deit/bf16/output_sweeps", shape="deit", dtype=torch.bfloat16, architecture=80)
+    record("clip_l/bf16/output_sweeps", shape="clip_l", dtype=torch.bfloat16, architecture=80)
+    for shape in ("siglip", "vjepa2", "qwen"):
+        record(f"{shape}/bf16/borrowed", shape=shape, dtype=torch.bfloat16, path="cudnn")
     return [(name, *rest) for name, rest in found.items()]
 
 
@@ -400,6 +402,7 @@ def _example_call(
     masked: bool = False,
     causal: bool = False,
     architecture: int = 90,
+    path: str | None = None,
 ) -> None:
     N, heads, heads_k, D = _SHAPES[shape]
     query, key, value = (torch.empty(2, N, h, D, dtype=dtype, device="meta") for h in (heads, heads_k, heads_k))
@@ -411,4 +414,4 @@ def _example_call(
     else:
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     tensors = (query, key, value if output else None, cu_seqlens, None, mask, mask)
-    attention(*tensors, None, causal, False, 1 / heads, architecture=architecture, launch=launch)
+    attention(*tensors, None, causal, False, 1 / heads, architecture=architecture, path=path, launch=launch)

@@ -225,6 +225,7 @@ def test_inputs_together_exceed_the_cache(suite):
     assert rotation(10 * l2, CPU) == 2
     buffer = suite.timing.flush_l2(CPU)()
     assert buffer.numel() == 4 * l2 and not buffer.any()
+    assert suite.timing.device_seconds(buffer.zero_, CPU) is None
 
 
 @pytest.mark.gpu
@@ -238,6 +239,8 @@ def test_the_cuda_clock_on_a_gpu(suite):
         clock.capture([lambda: x.sum().item()])
     assert clock.elapsed(lambda: x.add_(1.0)) > 0 and float(x[0]) == 2.0  # everything still works
     assert suite.timing.peak_extra_bytes(lambda: torch.empty(2**20, device="cuda"), x.device) == 2**22
+    seconds = suite.timing.device_seconds(lambda: product @ product, x.device)
+    assert times["large"].best / 2 < seconds < times["large"].best * 2
     rates = suite.floors.measured_rates(torch.device("cuda", 0), clock)
     assert rates.flops > 1e13 and rates.bytes > 1e11 and rates.exps > 1e11
 

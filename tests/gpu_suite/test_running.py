@@ -387,6 +387,11 @@ def a_report():
         "paths": [done("CLIP-L B=8", paths)],
         "selection": [done("CLIP-L 576 to 192, B=1", selection)],
         "encoder": [done("CLIP-L/14-336 B=8", encoder), {"case": "x", "status": "failed", "reason": "out of memory"}],
+        "llava": [
+            done("LLaVA-1.5-7B B=8, unpruned", [{"way": "unpruned", "prefill ms": 90.0, "prefill GPU ms": 80.0}]),
+            done("LLaVA-1.5-7B B=8, 64 tokens", [{"way": "64 tokens", "prefill ms": 40.0, "prefill GPU ms": 20.0}]),
+            done("LLaVA-1.5-7B B=1, 64 tokens", [{"way": "64 tokens", "prefill ms": 40.0}]),
+        ],
     }
     return {
         "command": "python -m bench.gpu_suite",
@@ -416,7 +421,10 @@ def test_goals_are_computed_from_the_rows(suite):
         "selection: the eager torch chain / ours, launched": (15.0, "realistic"),
         "selection: the torch chain without waits / ours, in CUDA graphs": (7.5, "moonshot"),
         "encoder B=8: scored and pruned / SDPA": (0.99, "realistic"),
+        "encoder B=8: scored and pruned / SDPA, launched": (1.25, "missed"),
         "encoder B=8: released code / scored and pruned, launched": (2.2, "realistic"),
+        "LLaVA-1.5-7B B=8: prefill, unpruned / 64 tokens": (2.25, "realistic"),
+        "LLaVA-1.5-7B B=8: prefill, GPU time alone, unpruned / 64 tokens": (4.0, "moonshot"),
         "Qwen 16384: extra memory, in copies of the queries": (2.5, "moonshot"),
     }
     assert values["V-JEPA2 B=8: output + scores / fastest SDPA"] == (None, "not measured")
