@@ -88,6 +88,8 @@ def test_shapes(shape, dtype):
 def test_paths(N, D, path, dtype):
     if path == "strip" and N > 256:
         pytest.skip("a strip holds 256 keys")
+    if path == "strip" and dtype == torch.float32 and D > 64:
+        pytest.skip("more shared memory than there is; the table gives float32 no strip")
     if path in launcher.BORROWED and dtype == torch.float32:
         pytest.skip("borrowed attention takes half precision only")
     query, key, value = draw(2, 4, 4, N, N, D, dtype=dtype, **CUDA)
