@@ -160,6 +160,21 @@ def test_features_of_any_dtype(dtype):
     assert 0 < int(kept.real.to(torch.float32).sum()) < 2 * 11 * 5
 
 
+def test_features_without_channels():
+    """They have no memory: under UBSan the kernel once handed null pointers to memcpy and memset."""
+    scores, few = torch.rand(2, 37), torch.arange(36).expand(2, -1) < 5
+    options = {"budget": 9, "grid": (6, 6), "num_prefix_tokens": 1, "candidate_mask": few}
+    kept, *chosen = hk.prune_tokens(torch.randn(2, 37, 0), scores, scores, **options)
+    assert kept.shape == (2, 9, 0)
+    for x, y in zip(chosen, hk.select_tokens(scores, scores, **options)):
+        assert torch.equal(x, y)
+    packed = {"grids": [(6, 6), (1, 1)], "budgets": [9, 1]}
+    kept, *chosen = hk.prune_tokens_varlen(torch.randn(37, 0), scores[0], scores[0], **packed)
+    assert kept.shape == (10, 0)
+    for x, y in zip(chosen, hk.select_tokens_varlen(scores[0], scores[0], **packed)):
+        assert torch.equal(x, y)
+
+
 def test_same_bits_for_any_number_of_threads_and_neighbours():
     scores, features = torch.rand(7, 576), torch.randn(7, 576, 64)
     results = []
