@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import hiprune_kernels as hk
@@ -206,6 +207,31 @@ def test_gradient_of_the_gather():
     assert torch.equal(gradient, expected)
     with torch.no_grad():
         assert not hk.prune_tokens(features, scores, scores, budget=9, grid=(4, 10))[0].requires_grad
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_forward_derivatives_of_the_gather(packed):
+    features, tangent, scores = torch.randn(2, 40, 3), torch.randn(2, 40, 3), torch.rand(2, 40)
+    options = {"budget": 9, "grid": (6, 6), "num_prefix_tokens": 4}
+    function = hk.prune_tokens
+    if packed:
+        features, tangent, scores = features[0], tangent[0], scores[0]
+        options = {"budgets": [9, 2], "grids": [(6, 6), (2, 2)]}
+        function = hk.prune_tokens_varlen
+    expected = function(tangent, scores, scores, **options)[0]
+
+    def kept(features):
+        return function(features, scores, scores, **options)[0]
+
+    value, derivative = torch.func.jvp(kept, (features,), (tangent,))
+    assert torch.equal(value, kept(features))
+    assert torch.equal(derivative, expected)
+    with forward_ad.dual_level():
+        assert torch.equal(forward_ad.unpack_dual(kept(forward_ad.make_dual(features, tangent))).tangent, expected)
+    gradient = torch.func.grad(lambda x: (kept(x) * expected).sum())(features)
+    assert torch.equal(kept(gradient), expected)
+    assert gradient.count_nonzero() == expected.count_nonzero()
+    assert torch.equal(torch.vmap(kept)(torch.stack([features, tangent]))[1], expected)
 
 
 PLAN = plan_selection([(1, 6, 6)], [9], 0.1, "paper", "cross", ROLE_NAMES, 1)

@@ -13,7 +13,15 @@ from torch import Tensor
 
 from .. import reference
 from .checks import check_choice, check_floating, check_like, check_mask, check_number, check_shape, check_tensor
-from .library import CPU_KERNELS, NO_CPU_KERNELS, compute_capability, gpu_gap, library, warn_without_cpu_kernels
+from .library import (
+    CPU_KERNELS,
+    NO_CPU_KERNELS,
+    compute_capability,
+    gpu_gap,
+    library,
+    transformed,
+    warn_without_cpu_kernels,
+)
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -31,6 +39,9 @@ def attention_with_scores(
     query_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention output and its column scores (Eq. 1 and 2 of the paper) without an N x N matrix.
+
+    Where PyTorch wants more than a gradient, the reference computes it, which has that matrix: for gradients of
+    gradients, forward-mode differentiation, and within transforms of `torch.func` (where scores have derivatives too).
 
     Args:
         query: [B, Hq, M, D] float32, bfloat16, float16 or float64 (float64 through the reference); any strides, fastest
@@ -58,7 +69,7 @@ def attention_with_scores(
         (torch.Size([1, 16, 577, 64]), torch.Size([1, 577]), 577)
     """
     _check_dense(query, key, scale, key_mask, query_mask, value)
-    return torch.ops.hiprune.attention_with_scores.default(
+    return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
         value,
@@ -181,7 +192,7 @@ def attention_with_scores_varlen(
         (torch.Size([10, 16, 80]), 4)
     """
     _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask, value)
-    return torch.ops.hiprune.attention_with_scores.default(
+    return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
         value,
@@ -284,7 +295,7 @@ def _scores(
     max_seqlen_q=None,
 ) -> Tensor:
     check_choice("query_reduction", query_reduction, REDUCTIONS)
-    return torch.ops.hiprune.attention_scores.default(
+    return (_scores_reference if transformed() else _scores_op)(
         query,
         key,
         cu_seqlens_q=cu_seqlens_q,
@@ -362,6 +373,8 @@ library.define(
     f"attention_with_scores(Tensor query, Tensor key, Tensor value, {_TENSORS}, *, {_OPTIONS}) "
     "-> (Tensor output, Tensor scores)"
 )
+_scores_op = torch.ops.hiprune.attention_scores.default
+_with_scores_op = torch.ops.hiprune.attention_with_scores.default
 
 
 def cpu_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reduction: str = "mean") -> str:
@@ -556,6 +569,13 @@ def _with_scores_setup(ctx, inputs, keyword_only_inputs, output) -> None:
 def _with_scores_backward(ctx, grad_output, _grad_scores):
     """Gradients of the output, from a scaled_dot_product_attention that is computed again."""
     *inputs, cu_seqlens_q, cu_seqlens_k, key_mask, _ = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: they are to be differentiated again, and SDPA's gradients cannot be
+
+        def attend(query, key, value):
+            options = {"max_seqlen_q": None, "scale": ctx.scale, "causal": ctx.causal}
+            return _with_scores_reference(query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask, None, **options)[0]
+
+        return (*torch.func.vjp(attend, *inputs)[1](grad_output), None, None, None, None)
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         if cu_seqlens_q is None:

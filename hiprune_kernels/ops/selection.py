@@ -27,7 +27,7 @@ from .checks import (
     check_shape,
     check_tensor,
 )
-from .library import NO_TRITON, TRITON, library, warn_without_cpu_kernels
+from .library import NO_TRITON, TRITON, library, transformed, warn_without_cpu_kernels
 
 # ---------------------------------------------------------------------------------------------- public functions
 
@@ -225,8 +225,8 @@ def prune_tokens_varlen(
 
 
 def _prune(features, object_scores, deep_scores, candidate_mask, plan) -> tuple[Tensor, Tensor, Tensor]:
-    if features.requires_grad and torch.is_grad_enabled():
-        # The fused operator has no backward (one in Python would cost more than the kernel); PyTorch's own gather has.
+    if (features.requires_grad and torch.is_grad_enabled()) or transformed():
+        # The fused operator has no derivative (one in Python would cost more than the kernel); PyTorch's gather has.
         indices, roles = _select_op(object_scores, deep_scores, candidate_mask, plan)
         return (
             reference.gather_rows(features[..., SelectionPlan.from_flat(plan).num_prefix_tokens :, :], indices),
