@@ -239,6 +239,55 @@ def test_gradients_against_float64(M, N, causal, masked):
         assert value.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(8, torch.float32), (8, torch.bfloat16), (8, torch.float64), (264, torch.float32)]
+)
+def test_what_a_mask_hides_is_never_read(D, dtype, packed, causal, poison):
+    """Neither by the kernel nor by the reference, which serves float64 and D > 256, nor for the gradients."""
+    key_mask, query_mask = (
+        torch.tensor([[True, False, True, True, False], [False] * 5]),
+        torch.tensor([[True, False, True]] * 2),
+    )
+    clean = [torch.randn(2, h, n, D).to(dtype) for h, n in ((4, 3), (2, 5), (2, 5))]
+    poisoned = [x.clone() for x in clean]
+    for x in poisoned[1:]:
+        x.transpose(1, 2)[~key_mask] = poison
+    options = {"causal": causal, "key_mask": key_mask, "query_mask": query_mask}
+    function = hk.attention_with_scores
+    if packed:
+        clean, poisoned = ([x.transpose(1, 2).flatten(0, 1) for x in tensors] for tensors in (clean, poisoned))
+        options |= {"key_mask": key_mask.flatten(), "query_mask": query_mask.flatten()}
+        options |= {"cu_seqlens_q": int32(0, 3, 6), "cu_seqlens_k": int32(0, 5, 10)}
+        function = hk.attention_with_scores_varlen
+    results = []
+    for tensors in (clean, poisoned):
+        tensors = [x.requires_grad_() for x in tensors]
+        output, scores = function(*tensors, **options)
+        gradients = torch.autograd.grad(output.square().sum(), tensors, retain_graph=True)
+        (again,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
+        results.append((output, scores, *gradients, again, *torch.autograd.grad(again.square().sum(), tensors)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+        assert x.any()
+
+
+def test_a_query_that_does_not_count_may_be_nan():
+    query, key, value = (torch.randn(2, h, n, 8) for h, n in ((4, 3), (2, 5), (2, 5)))
+    query_mask = torch.tensor([[True, False, True]] * 2)
+    for dtype in (torch.float32, torch.float64):
+        poisoned = query.to(dtype)
+        poisoned[:, :, 1] = float("nan")
+        tensors = key.to(dtype), value.to(dtype)
+        expected, expected_scores = hk.attention_with_scores(query.to(dtype), *tensors, query_mask=query_mask)
+        output, scores = hk.attention_with_scores(poisoned, *tensors, query_mask=query_mask)
+        assert torch.equal(scores, expected_scores)
+        assert torch.equal(output[:, :, ::2], expected[:, :, ::2])
+        assert output[:, :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_gradients_against_float64(causal):
     query, key, value = (torch.randn(9, h, 16, requires_grad=True) for h in (4, 2, 2))

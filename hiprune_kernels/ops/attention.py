@@ -49,7 +49,8 @@ def attention_with_scores(
         key, value: [B, Hk, N, D], Hq a multiple of Hk (grouped-query attention).
         scale: factor of the logits, D ** -0.5 by default.
         causal: right-aligned: query m sees key n if n <= m + N - M.
-        key_mask: [B, N] bool, False hides a key from every query.
+        key_mask: [B, N] bool, False hides a key from every query: neither it nor its value is read, so both may be NaN.
+            (`causal` alone promises less: a NaN in a value that only later queries see may reach the others' output.)
         query_mask: [B, M] bool, a False query adds nothing to the scores; its output is what it would be anyway. Padded
             self-attention passes the same mask as both.
 
@@ -174,7 +175,7 @@ def attention_with_scores_varlen(
         cu_seqlens_k: the same for keys, to Tk; `cu_seqlens_q` by default.
         max_seqlen_q: length of the longest query sequence, as flash-attn's functions take it; never changes the result.
         scale, causal: as in `attention_with_scores`, within each sequence.
-        key_mask, query_mask: [Tk], [Tq] bool.
+        key_mask, query_mask: [Tk], [Tq] bool, as in `attention_with_scores`.
 
     Returns:
         output: [Tq, Hq, D] in the query's dtype, differentiable.
@@ -586,6 +587,8 @@ def _with_scores_backward(ctx, grad_output, _grad_scores):
         else:
             query, key, value, grad_output = (x[None].transpose(1, 2) for x in (*inputs, grad_output))
             visible = _visible_packed(query, key, cu_seqlens_q, cu_seqlens_k, ctx.causal, key_mask)
+            key_mask = None if key_mask is None else key_mask[None]
+        key, value = (reference.without_hidden(x, key_mask) for x in (key, value))
         if visible is not None:
             # A query that sees no key has output 0 and no gradient; SDPA must not meet its empty row.
             blind = ~visible.any(dim=-1, keepdim=True)
