@@ -320,7 +320,7 @@ def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
 
 
 def _plan(grids: Sequence[Sequence[int]], *options) -> SelectionPlan:
-    return SelectionPlan.from_flat(plan_selection([(1, *grid)[-3:] for grid in grids], *options))
+    return SelectionPlan.from_flat(plan_selection(grids, *options))
 
 
 def select_tokens(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .checks import check_choice, check_floating, check_like, check_mask, check_number, check_shape, check_tensor
+from ..budget import check_choice, check_int
+from .checks import check_bool, check_floating, check_like, check_mask, check_scale, check_shape, check_tensor
 from .library import (
     CPU_KERNELS,
     NO_CPU_KERNELS,
@@ -47,7 +48,7 @@ def attention_with_scores(
         query: [B, Hq, M, D] float32, bfloat16, float16 or float64 (float64 through the reference); any strides, fastest
             with a contiguous last dimension.
         key, value: [B, Hk, N, D], Hq a multiple of Hk (grouped-query attention).
-        scale: factor of the logits, D ** -0.5 by default.
+        scale: finite factor of the logits, D ** -0.5 by default.
         causal: right-aligned: query m sees key n if n <= m + N - M.
         key_mask: [B, N] bool, False hides a key from every query: neither it nor its value is read, so both may be NaN.
             (`causal` alone promises less: a NaN in a value that only later queries see may reach the others' output.)
@@ -69,7 +70,8 @@ def attention_with_scores(
         >>> output.shape, scores.shape, round(float(scores.sum()))
         (torch.Size([1, 16, 577, 64]), torch.Size([1, 577]), 577)
     """
-    _check_dense(query, key, scale, key_mask, query_mask, value)
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
+    _check_value(value, "B Hk N D", query, key)
     return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
@@ -117,7 +119,7 @@ def attention_scores(
         >>> attention_scores(query, key).shape, attention_scores(query[:, :, :1], key).shape
         (torch.Size([1, 577]), torch.Size([1, 577]))
     """
-    _check_dense(query, key, scale, key_mask, query_mask)
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
     check_choice("head_reduction", head_reduction, REDUCTIONS)
     return _scores(query, key, scale, causal, query_reduction, head_reduction, key_mask, query_mask)
 
@@ -148,7 +150,7 @@ def attention_scores_per_head(
         >>> attention_scores_per_head(query, key, causal=True, query_reduction="max").shape
         torch.Size([1, 8, 40])
     """
-    _check_dense(query, key, scale, key_mask, query_mask)
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
     return _scores(query, key, scale, causal, query_reduction, "none", key_mask, query_mask)
 
 
@@ -192,7 +194,8 @@ def attention_with_scores_varlen(
         >>> output.shape, round(float(scores[:4].sum()))
         (torch.Size([10, 16, 80]), 4)
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask, value)
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
+    _check_value(value, "Tk Hk D", query, key)
     return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
@@ -241,7 +244,7 @@ def attention_scores_varlen(
         >>> attention_scores_varlen(query, key, cu_seqlens_q=cu_seqlens).shape
         torch.Size([10])
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask)
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
     check_choice("head_reduction", head_reduction, REDUCTIONS)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
     return _scores(query, key, scale, causal, query_reduction, head_reduction, key_mask, query_mask, *lengths)
@@ -277,7 +280,7 @@ def attention_scores_per_head_varlen(
         >>> attention_scores_per_head_varlen(query, key, cu_seqlens_q=cu_seqlens).shape
         torch.Size([16, 10])
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask)
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
     return _scores(query, key, scale, causal, query_reduction, "none", key_mask, query_mask, *lengths)
 
@@ -314,37 +317,39 @@ def _scores(
 # -------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_heads(query: Tensor, key: Tensor, scale: float | None, key_dims: str, head_dim: int) -> None:
+def _check_heads(query: Tensor, key: Tensor, scale: float | None, causal: bool, key_dims: str) -> tuple:
+    """The shapes of both, since asking a tensor for its shape takes time."""
     check_floating("query", query)
     check_like("key", key, "query", query)
-    if scale is not None:
-        check_number("scale", scale)
-    if query.shape[-1] < 1:
-        raise ValueError(f"query: expected D >= 1, got shape {tuple(query.shape)}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key: expected [{key_dims}] with D = {query.shape[-1]}, got shape {tuple(key.shape)}")
-    heads_q, heads_k = query.shape[head_dim], key.shape[head_dim]
+    check_scale(scale)
+    check_bool("causal", causal)
+    shape_q, shape_k = query.shape, key.shape
+    if shape_q[-1] < 1:
+        raise ValueError(f"query: expected D >= 1, got shape {tuple(shape_q)}")
+    if shape_k[-1] != shape_q[-1]:
+        raise ValueError(f"key: expected [{key_dims}] with D = {shape_q[-1]}, got shape {tuple(shape_k)}")
+    heads_q, heads_k = shape_q[1], shape_k[1]
     if heads_k < 1 or heads_q < 1 or heads_q % heads_k:
         raise ValueError(f"key: expected a number of heads that divides the query's {heads_q}, got {heads_k}")
+    return shape_q, shape_k
 
 
-def _check_dense(query, key, scale, key_mask, query_mask, value=None) -> None:
+def _check_dense(query, key, scale, causal, key_mask, query_mask) -> None:
     check_tensor("query", query, "B Hq M D")
     check_tensor("key", key, "B Hk N D")
-    _check_heads(query, key, scale, "B Hk N D", 1)
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: expected [B Hk N D] with B = {query.shape[0]}, got shape {tuple(key.shape)}")
-    if value is not None:
-        check_shape("value", value, "B Hk N D", tuple(key.shape))
-        check_like("value", value, "query", query)
-    check_mask("key_mask", key_mask, "B N", (key.shape[0], key.shape[2]), "query", query)
-    check_mask("query_mask", query_mask, "B M", (query.shape[0], query.shape[2]), "query", query)
+    shape_q, shape_k = _check_heads(query, key, scale, causal, "B Hk N D")
+    if shape_k[0] != shape_q[0]:
+        raise ValueError(f"key: expected [B Hk N D] with B = {shape_q[0]}, got shape {tuple(shape_k)}")
+    check_mask("key_mask", key_mask, "B N", (shape_k[0], shape_k[2]), "query", query)
+    check_mask("query_mask", query_mask, "B M", (shape_q[0], shape_q[2]), "query", query)
 
 
-def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask, value=None) -> None:
+def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask) -> None:
     check_tensor("query", query, "Tq Hq D")
     check_tensor("key", key, "Tk Hk D")
-    _check_heads(query, key, scale, "Tk Hk D", 1)
+    shape_q, shape_k = _check_heads(query, key, scale, causal, "Tk Hk D")
+    if max_seqlen_q is not None and not isinstance(max_seqlen_q, torch.SymInt):
+        check_int("max_seqlen_q", max_seqlen_q, least=0)
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if lengths is None and name == "cu_seqlens_k":
             continue
@@ -354,11 +359,13 @@ def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query
         if lengths.shape != cu_seqlens_q.shape or lengths.shape[0] < 1:
             raise ValueError(f"{name}: expected [S+1] with S >= 0, as cu_seqlens_q, got shape {tuple(lengths.shape)}")
         check_like(name, lengths, "query", query, dtype=False)
-    if value is not None:
-        check_shape("value", value, "Tk Hk D", tuple(key.shape))
-        check_like("value", value, "query", query)
-    check_mask("key_mask", key_mask, "Tk", (key.shape[0],), "query", query)
-    check_mask("query_mask", query_mask, "Tq", (query.shape[0],), "query", query)
+    check_mask("key_mask", key_mask, "Tk", shape_k[:1], "query", query)
+    check_mask("query_mask", query_mask, "Tq", shape_q[:1], "query", query)
+
+
+def _check_value(value: Tensor, dims: str, query: Tensor, key: Tensor) -> None:
+    check_shape("value", value, dims, key.shape)
+    check_like("value", value, "query", query)
 
 
 # ------------------------------------------------------------------------------------------------------ dispatch
