@@ -321,7 +321,8 @@ def gray_tiff(bits, sample_format, ink):
         ("float.pfm", b"Pf\n2 1\n-1.0\n" + bytes(8), "image: expected integer pixels, got mode F"),
     ],
 )
-def test_pictures_whose_range_is_not_known(capsys, tmp_path, name, content, message):
+def test_pictures_whose_range_is_not_known(capsys, tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)  # where a picture would be drawn
     (tmp_path / name).write_bytes(content)
     assert re.search(message, error_of(capsys, "prune", str(tmp_path / name)))
 

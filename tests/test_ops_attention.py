@@ -335,6 +335,9 @@ DERIVATIVES = {
     "grad of scores": lambda function, query: torch.func.grad(lambda x: function(x)[1].square().sum())(query)[None],
     "jacrev": lambda function, query: torch.func.jacrev(function)(query),
     "hessian": lambda function, query: torch.func.hessian(lambda x: function(x)[0].square().sum())(query)[None],
+    "grad of vmap": lambda function, query: torch.func.grad(
+        lambda x: torch.vmap(lambda y: function(y)[0])(x).square().sum()
+    )(torch.stack([query, 2 * query])),
     "vmap of grad": lambda function, query: torch.vmap(torch.func.grad(lambda x: function(x)[0].square().sum()))(
         torch.stack([query, 2 * query])
     ),
