@@ -87,7 +87,8 @@ struct Strip {
 struct Problem {
   int64_t query_heads, key_heads, depth, element_size;
   int64_t query_head, query_row, key_head, key_row, value_head, value_row, output_head, output_row;
-  float scale_log2e;  // |scale| * log2(e)
+  float scale_power;  // |scale| rounded down to a power of two: products with it are exact
+  float scale_rest;   // |scale| * log2(e) / scale_power
   bool negate;        // scale < 0: the queries change sign instead
   bool causal, want_scores, per_head;
   double score_scale;
@@ -413,8 +414,10 @@ Problem check_problem(const Tensor& query, const Tensor& key, const std::optiona
   problem.key_row = key.stride(rows);
   problem.output_head = problem.depth;
   problem.output_row = problem.query_heads * problem.depth;
-  // Never 0: a padded column's logit is -inf, and the product must stay -inf.
-  problem.scale_log2e = std::max(static_cast<float>(std::fabs(scale) * 1.4426950408889634), FLT_MIN);
+  // Neither is ever 0 or infinite: a padded column's logit is -inf and must stay that, the largest one becomes 0.
+  problem.scale_power = std::ldexp(1.f, std::clamp(std::ilogb(scale), -126, 127));
+  const double rest = std::fabs(scale) * 1.4426950408889634 / problem.scale_power;
+  problem.scale_rest = static_cast<float>(std::clamp<double>(rest, FLT_MIN, FLT_MAX));
   problem.negate = scale < 0;
   problem.causal = causal;
   problem.want_scores = want_scores;

@@ -325,6 +325,7 @@ Tensor gather_rows(const Layout& layout, const Plan& plan, const Tensor& feature
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(features.get(), &dtype));
   Tensor kept = layout.allocate(plan.rows, dtype, channels);
+  if (channels == 0) return kept;  // the pointers below would be null, and memcpy takes none even for no bytes
   const int64_t element = static_cast<int64_t>(features.element_size()), bytes = channels * element;
   const int64_t batch_bytes = layout.dense() ? source.stride(0) * element : 0;
   const int64_t row_bytes = source.stride(layout.dense() ? 1 : 0) * element;
@@ -333,16 +334,15 @@ Tensor gather_rows(const Layout& layout, const Plan& plan, const Tensor& feature
   const auto* index = static_cast<const int64_t*>(indices.data_ptr());
   const auto* from = static_cast<const char*>(source.data_ptr());
   auto* to = static_cast<char*>(kept.data_ptr());
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / std::max<int64_t>(bytes, 1));  // 256 KiB a task
+  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / bytes);  // 256 KiB a task
   parallel_over(layout.rows(), grain, [&](int64_t begin, int64_t end) {
     int64_t b = begin / rows_per_image;
     for (int64_t r = begin; r < end; ++r) {
       b += r == (b + 1) * rows_per_image;
-      const char* row = from + b * batch_bytes + (index[r] + prefix) * row_bytes;
       if (index[r] < 0)
         std::memset(to + r * bytes, 0, bytes);
       else
-        std::memcpy(to + r * bytes, row, bytes);
+        std::memcpy(to + r * bytes, from + b * batch_bytes + (index[r] + prefix) * row_bytes, bytes);
     }
   });
   return kept;

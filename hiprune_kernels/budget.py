@@ -27,24 +27,20 @@ def resolve_budget(num_tokens: int, *, budget: int | None = None, retention: flo
 
     Raises:
         ValueError: if not exactly one of ``budget`` and ``retention`` is given, or it is out of range.
-        TypeError: if ``budget`` is not an integer or ``retention`` not a number.
+        TypeError: if ``num_tokens`` or ``budget`` is not an int, or ``retention`` not a float.
 
     Example:
         >>> resolve_budget(576, budget=192), resolve_budget(576, retention=1 / 9)
         (192, 64)
     """
     if (budget is None) == (retention is None):
-        raise ValueError(f"expected exactly one of budget and retention, got budget={budget}, retention={retention}")
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+        both = f"budget={budget!r}, retention={retention!r}"
+        raise ValueError(f"budget: expected exactly one of budget and retention, got {both}")
+    check_int("num_tokens", num_tokens)
     if budget is not None:
-        if isinstance(budget, bool) or not isinstance(budget, int):
-            raise TypeError(f"budget: expected an int, got {type(budget).__name__}")
-        if budget < 1:
-            raise ValueError(f"budget: expected at least 1, got {budget}")
+        check_int("budget", budget)
         return min(budget, num_tokens)
-    if isinstance(retention, bool) or not isinstance(retention, (int, float)):
-        raise TypeError(f"retention: expected a float, got {type(retention).__name__}")
+    _check_float("retention", retention)
     if not 0.0 < retention <= 1.0:
         raise ValueError(f"retention: expected a share in (0, 1], got {retention}")
     return max(1, round(num_tokens * retention))
@@ -66,8 +62,13 @@ def tile_budgets(sizes: Sequence[int], *, budget: int | None = None, retention: 
         >>> tile_budgets([576] * 5, budget=640), tile_budgets([576], budget=192), tile_budgets([729, 6480], budget=640)
         ([128, 128, 128, 128, 128], [192], [64, 575])
     """
+    check_list("sizes", sizes)
+    for i, size in enumerate(sizes):
+        check_int(f"sizes[{i}]", size)
+    if not sizes:
+        raise ValueError("sizes: expected at least one tile, got none")
     shares, total = [budget] * len(sizes), sum(sizes)
-    if isinstance(budget, int):
+    if type(budget) is int:
         least = math.ceil(total / min(sizes))
         if 0 < budget < least:
             raise ValueError(f"budget: expected at least {least}, one token for each tile of the image, got {budget}")
@@ -104,7 +105,20 @@ def kept_anyres_tokens(
         >>> kept_anyres_tokens((480, 640), pinpoints=pinpoints, tile_size=336, patch_size=14, budget=640)
         676
     """
+    _check_sides("size", size)
+    check_list("pinpoints", pinpoints)
+    if not pinpoints:
+        raise ValueError("pinpoints: expected at least one (height, width), got none")
+    for i, pinpoint in enumerate(pinpoints):
+        _check_sides(f"pinpoints[{i}]", pinpoint)
+    check_int("tile_size", tile_size)
+    check_int("patch_size", patch_size)
+    if max_tiles is not None:
+        check_int("max_tiles", max_tiles)
     side = tile_size // patch_size
+    if side < 1 or any(min(pinpoint) < tile_size for pinpoint in pinpoints):
+        smallest = min(map(min, pinpoints))
+        raise ValueError(f"tile_size: expected {patch_size} (patch_size) to {smallest} (pinpoints), got {tile_size}")
     height, width = (pixels // tile_size * side for pixels in _best_resolution(size, pinpoints))
     top, left = _padding(size, height, width)
     shown = height - 2 * top, width - 2 * left
@@ -143,18 +157,65 @@ def _shown_of_tiles(length: int, padding: int, side: int) -> list[int]:
     return [len(range(max(padding, start), min(length - padding, start + side))) for start in starts]
 
 
+# The checks below name the argument, what was expected and what came. Types are exact: True is no number, and 9.0 no
+# number of tokens, though they equal one.
+
+
+def check_int(name: str, value: int, least: int = 1) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not least <= value < 2**63:
+        raise ValueError(f"{name}: expected {f'at least {least}' if value < least else 'less than 2**63'}, got {value}")
+
+
+def _check_float(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+
+
+def check_list(name: str, value: Sequence) -> None:
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name}: expected a list or tuple, got {type(value).__name__}")
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+
+
+def _check_sides(name: str, value: Sequence[int]) -> None:
+    if not isinstance(value, (list, tuple)) or len(value) != 2 or not all(type(x) is int and x > 0 for x in value):
+        raise ValueError(f"{name}: expected (height, width), positive integers, got {value!r}")
+
+
+def check_grid(name: str, grid: Sequence[int]) -> list[int]:
+    """(h, w) or (t, h, w) as [t, h, w]."""
+    sides = list(grid) if isinstance(grid, (list, tuple)) else []
+    if len(sides) == 2:
+        sides = [1, *sides]
+    if len(sides) != 3 or not all(type(side) is int and side > 0 for side in sides):
+        raise ValueError(f"{name}: expected (h, w) or (t, h, w), positive integers, got {grid!r}")
+    return sides
+
+
+def check_budget(name: str, budget: int, grid: Sequence[int]) -> None:
+    if type(budget) is not int:
+        raise TypeError(f"{name}: expected an int, got {type(budget).__name__}")
+    if not 1 <= budget <= math.prod(grid):
+        raise ValueError(f"{name}: expected 1..{math.prod(grid)} for a grid of {tuple(grid)}, got {budget}")
+
+
 def check_selection_options(alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> None:
-    """Raise ValueError, naming the argument, unless these options of a selection are valid."""
+    """Raise ValueError or TypeError, naming the argument, unless these options of a selection are valid."""
+    _check_float("alpha", alpha)
     if not 0.0 <= alpha <= 1.0:  # also catches NaN
         raise ValueError(f"alpha: expected a share in [0, 1], got {alpha}")
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {RULES}, got {rule!r}")
-    if neighborhood not in CLUSTER_SIZES:
-        raise ValueError(f"neighborhood: expected one of {tuple(CLUSTER_SIZES)}, got {neighborhood!r}")
+    check_choice("rule", rule, RULES)
+    check_choice("neighborhood", neighborhood, tuple(CLUSTER_SIZES))
     if keep_roles is ROLE_NAMES:
         return
-    roles = set(keep_roles)
-    if isinstance(keep_roles, str) or not roles or not roles <= set(ROLE_NAMES) or len(roles) != len(keep_roles):
+    roles = list(keep_roles) if isinstance(keep_roles, (list, tuple, set, frozenset)) else []
+    if not roles or not all(isinstance(x, str) and x in ROLE_NAMES for x in roles) or len(set(roles)) != len(roles):
         raise ValueError(f"keep_roles: expected a non-empty choice of {ROLE_NAMES}, each once, got {keep_roles!r}")
     if "buffer" in roles and "anchor" not in roles:
         raise ValueError(f'keep_roles: "buffer" needs "anchor" (buffers surround anchors), got {keep_roles!r}')
@@ -175,10 +236,19 @@ def anchor_count(
     code). Without registers alpha acts as 1; without anchors there are none; without buffers N_a stays what it is with
     them.
 
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+
     Example:
         >>> anchor_count(192), anchor_count(64, rule="official"), anchor_count(192, alpha=1.0)
         (4, 1, 38)
     """
+    check_int("budget", budget)
+    check_selection_options(alpha, rule, neighborhood, keep_roles)
+    return _anchor_count(budget, alpha, rule, neighborhood, keep_roles)
+
+
+def _anchor_count(budget: int, alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> int:
     if "anchor" not in keep_roles:
         return 0
     cluster = CLUSTER_SIZES[neighborhood]
@@ -230,18 +300,29 @@ def plan_selection(
     keep_roles: Sequence[str] = ROLE_NAMES,
     num_prefix_tokens: int = 0,
 ) -> list[int]:
-    """The `SelectionPlan` for images with these grids (t, h, w) and budgets, as one flat list of integers.
+    """The `SelectionPlan` for images with these grids, (h, w) or (t, h, w), and budgets, as one flat list of integers.
 
     Flat, because that is how it reaches the operators of torch: a call costs microseconds, and several lists and
     strings would add half as much again.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
 
     Example:
         >>> SelectionPlan.from_flat(plan_selection([(1, 24, 24)], [192])).images
         (Image(frames=1, height=24, width=24, budget=192, anchors=4),)
     """
+    check_selection_options(alpha, rule, neighborhood, keep_roles)
+    if type(num_prefix_tokens) is not int or num_prefix_tokens < 0:
+        raise ValueError(f"num_prefix_tokens: expected an int, at least 0, got {num_prefix_tokens!r}")
+    check_list("grids", grids)
+    check_list("budgets", budgets)
+    sizes = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
+    if len(budgets) != len(grids):
+        raise ValueError(f"budgets: expected {len(grids)}, one per grid, got {len(budgets)}")
     buffers, registers = int("buffer" in keep_roles), int("register" in keep_roles)
     plan = [num_prefix_tokens, RULES.index(rule), _NEIGHBORHOODS.index(neighborhood), buffers, registers]
-    for grid, budget in zip(grids, budgets):
-        anchors = anchor_count(budget, alpha=alpha, rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
-        plan += (*grid, budget, anchors)
+    for i, (sides, budget) in enumerate(zip(sizes, budgets)):
+        check_budget(f"budgets[{i}]", budget, sides)
+        plan += (*sides, budget, _anchor_count(budget, alpha, rule, neighborhood, keep_roles))
     return plan

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from . import __version__
 from .budget import CLUSTER_SIZES, ROLE_NAMES, check_selection_options, resolve_budget
-from .visualize import draw_overview, optional_import
+from .visualize import draw_overview, optional_import, to_rgb
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     info.set_defaults(run=_info)
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
-    prune.add_argument("image", metavar="IMAGE", help="any image file that pillow can read")
+    prune.add_argument(
+        "image",
+        metavar="IMAGE",
+        help="an image file that pillow can read; 16 bits a channel become 8, what is transparent becomes white",
+    )
     prune.add_argument("--model", metavar="DIR_OR_ID", help=model_help.format("CLIP or SigLIP"))
     amount = prune.add_mutually_exclusive_group()
     amount.add_argument("--budget", type=int, metavar="N", help="tokens to keep")
@@ -192,11 +196,23 @@ def _open_image(path: str) -> Image:
         raise ValueError(f"image: there is no file {path!r}")
     try:
         with pil.open(path) as image:
-            return image_ops.exif_transpose(image).convert("RGB")
+            _check_tiff(image)
+            upright = image_ops.exif_transpose(image)
     except pil.UnidentifiedImageError as error:
         raise ValueError(f"image: {path!r} is not an image that pillow can read") from error
     except Exception as error:  # a damaged file can raise OSError, SyntaxError, struct.error, ...
         raise ValueError(f"image: {path!r} cannot be read: {error}") from error
+    return to_rgb(upright)
+
+
+def _check_tiff(image: Image) -> None:
+    """Refuse grey TIFFs whose numbers pillow hands over without what they mean."""
+    if image.format == "TIFF" and image.mode.startswith("I"):
+        bits, sample_format, ink = image.tag_v2[258], image.tag_v2.get(339, (1,)), image.tag_v2[262]
+        if (bits, sample_format, ink) != ((16,), (1,), 1):
+            kind = "signed" if sample_format != (1,) else "unsigned"
+            black = 0 if ink == 1 else "the largest value"
+            raise ValueError(f"expected 16 unsigned bits with 0 for black, got {bits[0]} {kind} with {black} for black")
 
 
 def _checked_device(name: str) -> torch.device:

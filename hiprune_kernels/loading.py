@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
 from .patch.towers import ENCODERS, find_encoder
+from .visualize import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -78,7 +79,7 @@ class Tower:
 
     def pixel_values(self, image: Image) -> Tensor:
         """[1, 3, H, W], resized, cropped and normalised, in the encoder's dtype and on its device."""
-        pixels = self.processor(images=image, return_tensors="pt")["pixel_values"]
+        pixels = self.processor(images=to_rgb(image), return_tensors="pt")["pixel_values"]
         return pixels.to(device=self.encoder.device, dtype=self.encoder.dtype)
 
     def seen_image(self, pixel_values: Tensor) -> Image:

@@ -37,12 +37,18 @@ def visible_keys(query: Tensor, key: Tensor, causal: bool, key_mask: Tensor | No
     return visible if key_mask is None else visible & key_mask[:, None, None, :]
 
 
+def without_hidden(rows: Tensor, key_mask: Tensor | None) -> Tensor:
+    """Keys or values [B, H, N, D], zero where `key_mask` hides them: 0 * NaN is NaN, in products and in gradients."""
+    return rows if key_mask is None else rows.masked_fill(~key_mask[:, None, :, None], 0.0)
+
+
 def attention_probabilities(
     query: Tensor, key: Tensor, *, scale: float | None = None, causal: bool = False, key_mask: Tensor | None = None
 ) -> Tensor:
     """A = softmax(scale Q K^T) (Eq. 1), [B, Hq, M, N]; the row of a query that sees no key is zero."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    key = key.to(dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, Hq, N, D]
+    key = without_hidden(key, key_mask).to(dtype)
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)  # [B, Hq, N, D]
     logits = query.to(dtype) @ key.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scale is None else scale)
     visible = visible_keys(query, key, causal, key_mask)
     probabilities = logits.masked_fill(~visible, -math.inf).softmax(dim=-1)
@@ -121,7 +127,8 @@ def attention_with_scores(
 ) -> tuple[Tensor, Tensor]:
     """O = A V together with Eq. 2's column scores of the same A."""
     probabilities = attention_probabilities(query, key, scale=scale, causal=causal, key_mask=key_mask)
-    value = value.to(probabilities.dtype).repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    value = without_hidden(value, key_mask).to(probabilities.dtype)
+    value = value.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     output = (probabilities @ value).to(query.dtype).transpose(1, 2).contiguous().transpose(1, 2)
     rows = probabilities.mean(dim=1, keepdim=True)
     return output, _reduce_queries(rows, "sum", query, key, causal, key_mask, query_mask)[:, 0]
@@ -313,7 +320,7 @@ def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
 
 
 def _plan(grids: Sequence[Sequence[int]], *options) -> SelectionPlan:
-    return SelectionPlan.from_flat(plan_selection([(1, *grid)[-3:] for grid in grids], *options))
+    return SelectionPlan.from_flat(plan_selection(grids, *options))
 
 
 def select_tokens(

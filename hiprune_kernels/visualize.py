@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,38 @@ def optional_import(module: str, extra: str = "images") -> ModuleType:
 def _checked_image(image: Image) -> Image:
     if not isinstance(image, optional_import("PIL.Image").Image):
         raise TypeError(f"image: expected a PIL image, got {type(image).__name__}")
-    return image.convert("RGB")
+    return to_rgb(image)
+
+
+def to_rgb(image: Image) -> Image:
+    """The picture with 8 bits a channel, on white where it is transparent.
+
+    `convert("RGB")` alone cuts 16-bit values off at 255, which turns nearly all of them white, and it shows the colours
+    that transparent pixels hide.
+
+    Raises:
+        ValueError: for pixels whose range is not known (mode F, or I beyond 16 bits), and modes without a conversion.
+
+    Example:
+        >>> to_rgb(PIL.Image.open("16_bits.png")).save("8_bits.png")
+    """
+    pil = optional_import("PIL.Image")
+    if image.mode == "F":
+        raise ValueError("image: expected integer pixels, got mode F, where no range is set for black to white")
+    if image.mode.startswith("I"):  # I;16 and its byte orders; pillow reads some 16-bit files as I, of 32 bits
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(f"image: expected 0 to 65535 in mode {image.mode}, got {values.min()} to {values.max()}")
+        gray = (values + 128) // 257  # 65535 is 255 * 257
+        gray[values == image.info.get("transparency")] = 255  # PNG: one shade of grey may stand for transparency
+        return pil.fromarray(gray.astype(np.uint8)).convert("RGB")
+    try:
+        if not image.has_transparency_data:
+            return image.convert("RGB")
+        image = image.convert("RGBA")
+    except ValueError as error:
+        raise ValueError(f"image: expected a mode that converts to RGB, got {image.mode}: {error}") from error
+    return pil.alpha_composite(pil.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _checked_grid(grid: Sequence[int]) -> tuple[int, int]:

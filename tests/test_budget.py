@@ -13,6 +13,7 @@ from hiprune_kernels.budget import (
     SelectionPlan,
     anchor_count,
     check_selection_options,
+    kept_anyres_tokens,
     plan_selection,
     resolve_budget,
 )
@@ -54,6 +55,24 @@ def test_resolve_budget(tokens, options, expected):
 def test_resolve_budget_errors(tokens, options, error, message):
     with pytest.raises(error, match=message):
         resolve_budget(tokens, **options)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"patch_size": 337}, r"tile_size: expected 337 \(patch_size\) to 336 \(pinpoints\), got 336"),
+        (
+            {"pinpoints": [(672, 672), (672, 335)]},
+            r"tile_size: expected 14 \(patch_size\) to 335 \(pinpoints\), got 336",
+        ),
+        ({"pinpoints": []}, r"pinpoints: expected at least one \(height, width\), got none"),
+    ],
+)
+def test_sizes_of_tiles_that_do_not_fit(change, message):
+    options = {"pinpoints": [(336, 672)], "tile_size": 336, "patch_size": 14, "budget": 64}
+    kept_anyres_tokens((480, 640), **options)
+    with pytest.raises(ValueError, match=message):
+        kept_anyres_tokens((480, 640), **{**options, **change})
 
 
 @pytest.mark.parametrize("neighborhood", CLUSTER_SIZES)

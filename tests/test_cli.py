@@ -4,7 +4,9 @@ import functools
 import itertools
 import json
 import os
+import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -253,6 +255,83 @@ def test_exif_orientation_and_transparency(capsys, photo, checkpoint, tmp_path):
     expected = prune_json(capsys, photo, "--model", checkpoint)["roles"]
     for name in ("turned.png", "rgba.png"):
         assert prune_json(capsys, str(tmp_path / name), "--model", checkpoint)["roles"] == expected
+
+
+def test_sixteen_bits_and_transparency(capsys, photo, checkpoint, tmp_path):
+    """Of the same picture with 8 bits, and of one whose transparent half is white."""
+    gray = np.array(Image.open(photo).convert("L"))
+    Image.fromarray(gray).save(tmp_path / "8.png")
+    wide = Image.frombytes("I;16", gray.shape[::-1], (gray.astype("<u2") * 257).tobytes())
+    for name in ("16.png", "16.tif"):
+        wide.save(tmp_path / name)
+        assert Image.open(tmp_path / name).mode == "I;16"
+    expected = prune_json(capsys, str(tmp_path / "8.png"), "--model", checkpoint)["roles"]
+    for name in ("16.png", "16.tif"):
+        assert prune_json(capsys, str(tmp_path / name), "--model", checkpoint)["roles"] == expected
+
+    tower = loading.load_tower(checkpoint)
+    assert torch.equal(tower.pixel_values(wide), tower.pixel_values(Image.fromarray(gray)))
+
+    picture, mask = Image.open(photo), Image.new("L", (150, 100), 255)
+    mask.paste(0, (75, 0, 150, 100))
+    white = Image.composite(picture, Image.new("RGB", (150, 100), "white"), mask)
+    white.save(tmp_path / "white.png")
+    picture.putalpha(mask)
+    picture.save(tmp_path / "transparent.png")
+    roles = [
+        prune_json(capsys, str(tmp_path / x), "--model", checkpoint)["roles"] for x in ("white.png", "transparent.png")
+    ]
+    assert roles[0] == roles[1]
+
+
+def gray_tiff(bits, sample_format, ink):
+    """A TIFF of two grey pixels: the tags that pillow needs, then the pixels."""
+    tags = [
+        (256, 2),
+        (257, 1),
+        (258, bits),
+        (259, 1),
+        (262, ink),
+        (273, 8),
+        (277, 1),
+        (278, 1),
+        (279, 8),
+        (339, sample_format),
+    ]
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags)
+    return struct.pack("<2sHI8xH", b"II", 42, 16, len(tags)) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "12.tif",
+            gray_tiff(12, 1, 1),
+            "cannot be read: expected 16 unsigned bits with 0 for black, got 12 unsigned",
+        ),
+        ("signed.tif", gray_tiff(16, 2, 1), "cannot be read: expected 16 unsigned bits .* got 16 signed"),
+        ("32.tif", gray_tiff(32, 1, 1), "cannot be read: expected 16 unsigned bits .* got 32 unsigned"),
+        (
+            "inverted.tif",
+            gray_tiff(16, 1, 0),
+            "cannot be read: expected 16 unsigned bits .* with the largest value for black",
+        ),
+        ("float.tif", gray_tiff(32, 3, 1), "image: expected integer pixels, got mode F"),
+        ("float.pfm", b"Pf\n2 1\n-1.0\n" + bytes(8), "image: expected integer pixels, got mode F"),
+    ],
+)
+def test_pictures_whose_range_is_not_known(capsys, tmp_path, monkeypatch, name, content, message):
+    monkeypatch.chdir(tmp_path)  # where a picture would be drawn
+    (tmp_path / name).write_bytes(content)
+    assert re.search(message, error_of(capsys, "prune", str(tmp_path / name)))
+
+
+def test_help_says_what_becomes_of_deep_and_transparent_pictures(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["prune", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "16 bits a channel become 8, what is transparent becomes white" in text
 
 
 def test_random_towers_do_not_disturb_the_callers_random_numbers():

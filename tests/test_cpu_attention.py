@@ -139,6 +139,37 @@ def test_large_logits(magnitude, isa):
     assert (output - expected_output).abs().max() <= 2 * (eager @ v - expected_output).abs().max() + 1e-6
 
 
+EXTREMES = [  # the largest query, the largest key, scale
+    (1e10, 1, 1.0),  # logits whose product with log2(e) is rounded by hundreds
+    (6e4, 6e4, 1.0),
+    (3e38, 1, 1.0),  # logits further apart than the largest float
+    (1, 1, 1e30),
+    (1, 1, -1e30),
+    (1e-18, 1e-18, 3e38),  # |scale| log2(e) is infinite, the logits are not
+    (1e19, 1e19, 1e-38),  # |scale| log2(e), a normal number still
+    (1e19, 1e19, 1e-39),  # a subnormal one
+    (1e19, 1e19, 0.0),
+]
+
+
+@each_isa
+@pytest.mark.parametrize(
+    "query, key, scale, dtype",
+    [
+        (*case, dtype)
+        for case in EXTREMES
+        for dtype in DTYPES
+        if torch.tensor(case[:2]).to(dtype).log().isfinite().all()
+    ],
+)
+def test_every_finite_logit(query, key, scale, dtype, isa):
+    q = (torch.tensor([1.0, -0.5, 0.3]) * query).view(1, 1, 3, 1).to(dtype)
+    k = (torch.linspace(-0.8, 1, 41) * key).view(1, 1, 41, 1).to(dtype)
+    v = torch.randn(1, 1, 41, 1).to(dtype)
+    assert (q.float() @ k.float().mT * scale).isfinite().all()
+    check(attend(q, k, v, scale=scale, isa=isa), oracle(q, k, v, scale=scale), dtype)
+
+
 @each_isa
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("N, D", [(577, 64), (900, 80)])

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.library import opcheck
 
 import hiprune_kernels as hk
@@ -238,6 +239,55 @@ def test_gradients_against_float64(M, N, causal, masked):
         assert value.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("D", "dtype"), [(8, torch.float32), (8, torch.bfloat16), (8, torch.float64), (264, torch.float32)]
+)
+def test_what_a_mask_hides_is_never_read(D, dtype, packed, causal, poison):
+    """Neither by the kernel nor by the reference, which serves float64 and D > 256, nor for the gradients."""
+    key_mask, query_mask = (
+        torch.tensor([[True, False, True, True, False], [False] * 5]),
+        torch.tensor([[True, False, True]] * 2),
+    )
+    clean = [torch.randn(2, h, n, D).to(dtype) for h, n in ((4, 3), (2, 5), (2, 5))]
+    poisoned = [x.clone() for x in clean]
+    for x in poisoned[1:]:
+        x.transpose(1, 2)[~key_mask] = poison
+    options = {"causal": causal, "key_mask": key_mask, "query_mask": query_mask}
+    function = hk.attention_with_scores
+    if packed:
+        clean, poisoned = ([x.transpose(1, 2).flatten(0, 1) for x in tensors] for tensors in (clean, poisoned))
+        options |= {"key_mask": key_mask.flatten(), "query_mask": query_mask.flatten()}
+        options |= {"cu_seqlens_q": int32(0, 3, 6), "cu_seqlens_k": int32(0, 5, 10)}
+        function = hk.attention_with_scores_varlen
+    results = []
+    for tensors in (clean, poisoned):
+        tensors = [x.requires_grad_() for x in tensors]
+        output, scores = function(*tensors, **options)
+        gradients = torch.autograd.grad(output.square().sum(), tensors, retain_graph=True)
+        (again,) = torch.autograd.grad(output.square().sum(), tensors[0], create_graph=True)
+        results.append((output, scores, *gradients, again, *torch.autograd.grad(again.square().sum(), tensors)))
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+        assert x.any()
+
+
+def test_a_query_that_does_not_count_may_be_nan():
+    query, key, value = (torch.randn(2, h, n, 8) for h, n in ((4, 3), (2, 5), (2, 5)))
+    query_mask = torch.tensor([[True, False, True]] * 2)
+    for dtype in (torch.float32, torch.float64):
+        poisoned = query.to(dtype)
+        poisoned[:, :, 1] = float("nan")
+        tensors = key.to(dtype), value.to(dtype)
+        expected, expected_scores = hk.attention_with_scores(query.to(dtype), *tensors, query_mask=query_mask)
+        output, scores = hk.attention_with_scores(poisoned, *tensors, query_mask=query_mask)
+        assert torch.equal(scores, expected_scores)
+        assert torch.equal(output[:, :, ::2], expected[:, :, ::2])
+        assert output[:, :, 1].isnan().all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_packed_gradients_against_float64(causal):
     query, key, value = (torch.randn(9, h, 16, requires_grad=True) for h in (4, 2, 2))
@@ -251,6 +301,67 @@ def test_packed_gradients_against_float64(causal):
     )
     for gradient, value in zip(gradients, expected):
         torch.testing.assert_close(gradient.double(), value, rtol=1e-4, atol=1e-5)
+
+
+def dense_call(module, dtype):
+    """The output as a function of the query, and the query; every option that hides something is in use."""
+    query, key, value = (torch.randn(2, h, n, 8).to(dtype) for h, n in ((4, 5), (2, 7), (2, 7)))
+    options = {"causal": True, "key_mask": torch.arange(7).expand(2, -1) != 3}
+    return lambda query: module.attention_with_scores(query, key, value, **options), query
+
+
+def packed_call(module, dtype):
+    query, key, value = (torch.randn(9, h, 8).to(dtype) for h in (4, 2, 2))
+    options = {"cu_seqlens_q": CU, "causal": True, "key_mask": torch.arange(9) != 6}
+    return lambda query: module.attention_with_scores_varlen(query, key, value, **options), query
+
+
+def gradient_penalty(function, query):
+    query = query.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(function(query)[0].square().sum(), query, create_graph=True)
+    return torch.autograd.grad(gradient.square().sum(), query)
+
+
+def dual_numbers(function, query):
+    with forward_ad.dual_level():
+        return [forward_ad.unpack_dual(x).tangent for x in function(forward_ad.make_dual(query, torch.cos(query)))]
+
+
+DERIVATIVES = {
+    "gradient penalty": gradient_penalty,
+    "dual numbers": dual_numbers,
+    "jvp": lambda function, query: torch.func.jvp(function, (query,), (torch.cos(query),))[1],
+    "grad": lambda function, query: torch.func.grad(lambda x: function(x)[0].square().sum())(query)[None],
+    "grad of scores": lambda function, query: torch.func.grad(lambda x: function(x)[1].square().sum())(query)[None],
+    "jacrev": lambda function, query: torch.func.jacrev(function)(query),
+    "hessian": lambda function, query: torch.func.hessian(lambda x: function(x)[0].square().sum())(query)[None],
+    "grad of vmap": lambda function, query: torch.func.grad(
+        lambda x: torch.vmap(lambda y: function(y)[0])(x).square().sum()
+    )(torch.stack([query, 2 * query])),
+    "vmap of grad": lambda function, query: torch.vmap(torch.func.grad(lambda x: function(x)[0].square().sum()))(
+        torch.stack([query, 2 * query])
+    ),
+}
+
+
+@pytest.mark.parametrize("call", [dense_call, packed_call])
+@pytest.mark.parametrize("derivative", DERIVATIVES)
+def test_other_derivatives_against_float64(derivative, call):
+    """They are right or raise; a custom operator by itself would drop tangents, and lack second derivatives."""
+    torch.manual_seed(1)
+    found = DERIVATIVES[derivative](*call(hk, torch.float32))
+    torch.manual_seed(1)
+    expected = DERIVATIVES[derivative](*call(reference, torch.float64))
+    for x, y in zip(found, expected, strict=True):
+        assert y.abs().max() > 0.01
+        torch.testing.assert_close(x.double(), y, rtol=1e-4, atol=1e-5)
+
+
+def test_derivatives_within_a_compiled_function():
+    function, query = dense_call(hk, torch.float32)
+    gradient = torch.func.grad(lambda x: function(x)[0].square().sum())
+    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")(query)
+    torch.testing.assert_close(compiled, gradient(query))
 
 
 def test_scores_alone_have_no_gradient():

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from hiprune_kernels import visualize
-from hiprune_kernels.visualize import ROLE_COLORS, draw_overview, draw_scores, draw_selection
+from hiprune_kernels.visualize import ROLE_COLORS, draw_overview, draw_scores, draw_selection, to_rgb
 
 GRAY = (120, 120, 120)
 YELLOW, RED, CYAN = ROLE_COLORS[1:]
@@ -187,6 +187,79 @@ IMAGE, GRID, ROLES, SCORES = gray(64, 64), (2, 2), [0, 1, 2, 3], [0.1, 0.2, 0.3,
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+RAMP = np.arange(0, 65536, 257)  # 16 bits: 0 to 65535, of which 8 bits are 0 to 255
+TYPES = {"I;16": "<u2", "I;16L": "<u2", "I;16B": ">u2", "I": "=i4"}
+
+
+def wide_picture(mode, values):
+    return Image.frombytes(mode, (16, len(values) // 16), values.astype(TYPES[mode]).tobytes())
+
+
+@pytest.mark.parametrize("mode", TYPES)
+def test_sixteen_bits_become_eight(mode):
+    for offset in (-128, 0, 128):  # what rounds to the same 8 bits
+        pixels = np.array(to_rgb(wide_picture(mode, np.clip(RAMP + offset, 0, 65535))))
+        assert (pixels.reshape(256, 3) == np.arange(256)[:, None]).all()
+
+
+@pytest.mark.parametrize("values", [RAMP - 1, RAMP + 1])
+def test_more_than_sixteen_bits_are_refused(values):
+    with pytest.raises(ValueError, match=rf"image: expected 0 to 65535 in mode I, got {values[0]} to {values[-1]}"):
+        to_rgb(wide_picture("I", values))
+
+
+@pytest.mark.parametrize(("mode", "message"), [("F", "expected integer pixels"), ("La", "a mode that converts to RGB")])
+def test_modes_without_a_meaning_are_refused(mode, message):
+    for function in (to_rgb, lambda image: draw_selection(image, [0], (1, 1))):
+        with pytest.raises(ValueError, match=f"image: expected .*got .*{mode}") as raised:
+            function(Image.new(mode, (4, 4)))
+        assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV"])
+def test_opaque_pictures_keep_their_colours(mode):
+    color = {"1": (255, 255, 255), "L": (90, 90, 90)}.get(mode, (255, 0, 51))
+    image = Image.new("RGB", (4, 4), color).convert(mode)
+    assert image.mode == mode
+    assert_close(to_rgb(image).getpixel((1, 1)), color, 6)  # HSV rounds
+
+
+def two_halves(mode):
+    """Left half opaque and (90, 90, 90), right half transparent over (30, 30, 30)."""
+    if mode in ("RGBA", "LA", "PA", "RGBa"):
+        image = Image.new("RGBA", (16, 16), (90, 90, 90, 255))
+        image.paste((30, 30, 30, 0), (8, 0, 16, 16))
+        if mode == "PA":  # no conversion to it keeps the alpha
+            opacity, image = image.getchannel("A"), image.convert("L").convert("P")
+            image.putalpha(opacity)
+        return image.convert(mode)
+    if mode == "I;16":
+        image = wide_picture(mode, np.tile([90 * 257] * 8 + [30 * 257] * 8, 16))
+        image.info["transparency"] = 30 * 257
+        return image
+    image = Image.new("L", (16, 16), 90)
+    image.paste(30, (8, 0, 16, 16))
+    image = image.convert(mode.split()[0])
+    transparent = image.getpixel((15, 0))
+    image.info["transparency"] = (
+        bytes(0 if i == transparent else 255 for i in range(256)) if " " in mode else transparent
+    )
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "RGBa", "LA", "PA", "P", "P bytes", "L", "RGB", "I;16"])
+def test_what_is_transparent_is_white(mode):
+    image = two_halves(mode)
+    assert image.mode == mode.split()[0]
+    pixels = np.array(to_rgb(image))
+    assert (pixels[:, :8] == 90).all()
+    assert (pixels[:, 8:] == 255).all()
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    assert to_rgb(Image.new("RGBA", (1, 1), (0, 100, 255, 51))).getpixel((0, 0)) == (204, 224, 255)
 
 
 @pytest.mark.parametrize("missing", ["PIL.Image", "matplotlib"])

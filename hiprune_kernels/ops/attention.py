@@ -12,8 +12,17 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .checks import check_choice, check_floating, check_like, check_mask, check_number, check_shape, check_tensor
-from .library import CPU_KERNELS, NO_CPU_KERNELS, compute_capability, gpu_gap, library, warn_without_cpu_kernels
+from ..budget import check_choice, check_int
+from .checks import check_bool, check_floating, check_like, check_mask, check_scale, check_shape, check_tensor
+from .library import (
+    CPU_KERNELS,
+    NO_CPU_KERNELS,
+    compute_capability,
+    gpu_gap,
+    library,
+    transformed,
+    warn_without_cpu_kernels,
+)
 
 REDUCTIONS = ("sum", "mean", "max")
 
@@ -32,13 +41,17 @@ def attention_with_scores(
 ) -> tuple[Tensor, Tensor]:
     """Attention output and its column scores (Eq. 1 and 2 of the paper) without an N x N matrix.
 
+    Where PyTorch wants more than a gradient, the reference computes it, which has that matrix: for gradients of
+    gradients, forward-mode differentiation, and within transforms of `torch.func` (where scores have derivatives too).
+
     Args:
         query: [B, Hq, M, D] float32, bfloat16, float16 or float64 (float64 through the reference); any strides, fastest
             with a contiguous last dimension.
         key, value: [B, Hk, N, D], Hq a multiple of Hk (grouped-query attention).
-        scale: factor of the logits, D ** -0.5 by default.
+        scale: finite factor of the logits, D ** -0.5 by default.
         causal: right-aligned: query m sees key n if n <= m + N - M.
-        key_mask: [B, N] bool, False hides a key from every query.
+        key_mask: [B, N] bool, False hides a key from every query: neither it nor its value is read, so both may be NaN.
+            (`causal` alone promises less: a NaN in a value that only later queries see may reach the others' output.)
         query_mask: [B, M] bool, a False query adds nothing to the scores; its output is what it would be anyway. Padded
             self-attention passes the same mask as both.
 
@@ -57,8 +70,9 @@ def attention_with_scores(
         >>> output.shape, scores.shape, round(float(scores.sum()))
         (torch.Size([1, 16, 577, 64]), torch.Size([1, 577]), 577)
     """
-    _check_dense(query, key, scale, key_mask, query_mask, value)
-    return torch.ops.hiprune.attention_with_scores.default(
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
+    _check_value(value, "B Hk N D", query, key)
+    return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
         value,
@@ -105,7 +119,7 @@ def attention_scores(
         >>> attention_scores(query, key).shape, attention_scores(query[:, :, :1], key).shape
         (torch.Size([1, 577]), torch.Size([1, 577]))
     """
-    _check_dense(query, key, scale, key_mask, query_mask)
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
     check_choice("head_reduction", head_reduction, REDUCTIONS)
     return _scores(query, key, scale, causal, query_reduction, head_reduction, key_mask, query_mask)
 
@@ -136,7 +150,7 @@ def attention_scores_per_head(
         >>> attention_scores_per_head(query, key, causal=True, query_reduction="max").shape
         torch.Size([1, 8, 40])
     """
-    _check_dense(query, key, scale, key_mask, query_mask)
+    _check_dense(query, key, scale, causal, key_mask, query_mask)
     return _scores(query, key, scale, causal, query_reduction, "none", key_mask, query_mask)
 
 
@@ -163,7 +177,7 @@ def attention_with_scores_varlen(
         cu_seqlens_k: the same for keys, to Tk; `cu_seqlens_q` by default.
         max_seqlen_q: length of the longest query sequence, as flash-attn's functions take it; never changes the result.
         scale, causal: as in `attention_with_scores`, within each sequence.
-        key_mask, query_mask: [Tk], [Tq] bool.
+        key_mask, query_mask: [Tk], [Tq] bool, as in `attention_with_scores`.
 
     Returns:
         output: [Tq, Hq, D] in the query's dtype, differentiable.
@@ -180,8 +194,9 @@ def attention_with_scores_varlen(
         >>> output.shape, round(float(scores[:4].sum()))
         (torch.Size([10, 16, 80]), 4)
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask, value)
-    return torch.ops.hiprune.attention_with_scores.default(
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
+    _check_value(value, "Tk Hk D", query, key)
+    return (_with_scores_reference if transformed() else _with_scores_op)(
         query,
         key,
         value,
@@ -229,7 +244,7 @@ def attention_scores_varlen(
         >>> attention_scores_varlen(query, key, cu_seqlens_q=cu_seqlens).shape
         torch.Size([10])
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask)
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
     check_choice("head_reduction", head_reduction, REDUCTIONS)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
     return _scores(query, key, scale, causal, query_reduction, head_reduction, key_mask, query_mask, *lengths)
@@ -265,7 +280,7 @@ def attention_scores_per_head_varlen(
         >>> attention_scores_per_head_varlen(query, key, cu_seqlens_q=cu_seqlens).shape
         torch.Size([16, 10])
     """
-    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask)
+    _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
     return _scores(query, key, scale, causal, query_reduction, "none", key_mask, query_mask, *lengths)
 
@@ -284,7 +299,7 @@ def _scores(
     max_seqlen_q=None,
 ) -> Tensor:
     check_choice("query_reduction", query_reduction, REDUCTIONS)
-    return torch.ops.hiprune.attention_scores.default(
+    return (_scores_reference if transformed() else _scores_op)(
         query,
         key,
         cu_seqlens_q=cu_seqlens_q,
@@ -302,37 +317,39 @@ def _scores(
 # -------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_heads(query: Tensor, key: Tensor, scale: float | None, key_dims: str, head_dim: int) -> None:
+def _check_heads(query: Tensor, key: Tensor, scale: float | None, causal: bool, key_dims: str) -> tuple:
+    """The shapes of both, since asking a tensor for its shape takes time."""
     check_floating("query", query)
     check_like("key", key, "query", query)
-    if scale is not None:
-        check_number("scale", scale)
-    if query.shape[-1] < 1:
-        raise ValueError(f"query: expected D >= 1, got shape {tuple(query.shape)}")
-    if key.shape[-1] != query.shape[-1]:
-        raise ValueError(f"key: expected [{key_dims}] with D = {query.shape[-1]}, got shape {tuple(key.shape)}")
-    heads_q, heads_k = query.shape[head_dim], key.shape[head_dim]
+    check_scale(scale)
+    check_bool("causal", causal)
+    shape_q, shape_k = query.shape, key.shape
+    if shape_q[-1] < 1:
+        raise ValueError(f"query: expected D >= 1, got shape {tuple(shape_q)}")
+    if shape_k[-1] != shape_q[-1]:
+        raise ValueError(f"key: expected [{key_dims}] with D = {shape_q[-1]}, got shape {tuple(shape_k)}")
+    heads_q, heads_k = shape_q[1], shape_k[1]
     if heads_k < 1 or heads_q < 1 or heads_q % heads_k:
         raise ValueError(f"key: expected a number of heads that divides the query's {heads_q}, got {heads_k}")
+    return shape_q, shape_k
 
 
-def _check_dense(query, key, scale, key_mask, query_mask, value=None) -> None:
+def _check_dense(query, key, scale, causal, key_mask, query_mask) -> None:
     check_tensor("query", query, "B Hq M D")
     check_tensor("key", key, "B Hk N D")
-    _check_heads(query, key, scale, "B Hk N D", 1)
-    if key.shape[0] != query.shape[0]:
-        raise ValueError(f"key: expected [B Hk N D] with B = {query.shape[0]}, got shape {tuple(key.shape)}")
-    if value is not None:
-        check_shape("value", value, "B Hk N D", tuple(key.shape))
-        check_like("value", value, "query", query)
-    check_mask("key_mask", key_mask, "B N", (key.shape[0], key.shape[2]), "query", query)
-    check_mask("query_mask", query_mask, "B M", (query.shape[0], query.shape[2]), "query", query)
+    shape_q, shape_k = _check_heads(query, key, scale, causal, "B Hk N D")
+    if shape_k[0] != shape_q[0]:
+        raise ValueError(f"key: expected [B Hk N D] with B = {shape_q[0]}, got shape {tuple(shape_k)}")
+    check_mask("key_mask", key_mask, "B N", (shape_k[0], shape_k[2]), "query", query)
+    check_mask("query_mask", query_mask, "B M", (shape_q[0], shape_q[2]), "query", query)
 
 
-def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query_mask, value=None) -> None:
+def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, scale, causal, key_mask, query_mask) -> None:
     check_tensor("query", query, "Tq Hq D")
     check_tensor("key", key, "Tk Hk D")
-    _check_heads(query, key, scale, "Tk Hk D", 1)
+    shape_q, shape_k = _check_heads(query, key, scale, causal, "Tk Hk D")
+    if max_seqlen_q is not None and not isinstance(max_seqlen_q, torch.SymInt):
+        check_int("max_seqlen_q", max_seqlen_q, least=0)
     for name, lengths in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if lengths is None and name == "cu_seqlens_k":
             continue
@@ -342,11 +359,13 @@ def _check_packed(query, key, cu_seqlens_q, cu_seqlens_k, scale, key_mask, query
         if lengths.shape != cu_seqlens_q.shape or lengths.shape[0] < 1:
             raise ValueError(f"{name}: expected [S+1] with S >= 0, as cu_seqlens_q, got shape {tuple(lengths.shape)}")
         check_like(name, lengths, "query", query, dtype=False)
-    if value is not None:
-        check_shape("value", value, "Tk Hk D", tuple(key.shape))
-        check_like("value", value, "query", query)
-    check_mask("key_mask", key_mask, "Tk", (key.shape[0],), "query", query)
-    check_mask("query_mask", query_mask, "Tq", (query.shape[0],), "query", query)
+    check_mask("key_mask", key_mask, "Tk", shape_k[:1], "query", query)
+    check_mask("query_mask", query_mask, "Tq", shape_q[:1], "query", query)
+
+
+def _check_value(value: Tensor, dims: str, query: Tensor, key: Tensor) -> None:
+    check_shape("value", value, dims, key.shape)
+    check_like("value", value, "query", query)
 
 
 # ------------------------------------------------------------------------------------------------------ dispatch
@@ -362,6 +381,8 @@ library.define(
     f"attention_with_scores(Tensor query, Tensor key, Tensor value, {_TENSORS}, *, {_OPTIONS}) "
     "-> (Tensor output, Tensor scores)"
 )
+_scores_op = torch.ops.hiprune.attention_scores.default
+_with_scores_op = torch.ops.hiprune.attention_with_scores.default
 
 
 def cpu_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reduction: str = "mean") -> str:
@@ -556,6 +577,13 @@ def _with_scores_setup(ctx, inputs, keyword_only_inputs, output) -> None:
 def _with_scores_backward(ctx, grad_output, _grad_scores):
     """Gradients of the output, from a scaled_dot_product_attention that is computed again."""
     *inputs, cu_seqlens_q, cu_seqlens_k, key_mask, _ = ctx.saved_tensors
+    if torch.is_grad_enabled():  # create_graph: they are to be differentiated again, and SDPA's gradients cannot be
+
+        def attend(query, key, value):
+            options = {"max_seqlen_q": None, "scale": ctx.scale, "causal": ctx.causal}
+            return _with_scores_reference(query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask, None, **options)[0]
+
+        return (*torch.func.vjp(attend, *inputs)[1](grad_output), None, None, None, None)
     inputs = [x.detach().requires_grad_() for x in inputs]
     with torch.enable_grad():
         if cu_seqlens_q is None:
@@ -566,6 +594,8 @@ def _with_scores_backward(ctx, grad_output, _grad_scores):
         else:
             query, key, value, grad_output = (x[None].transpose(1, 2) for x in (*inputs, grad_output))
             visible = _visible_packed(query, key, cu_seqlens_q, cu_seqlens_k, ctx.causal, key_mask)
+            key_mask = None if key_mask is None else key_mask[None]
+        key, value = (reference.without_hidden(x, key_mask) for x in (key, value))
         if visible is not None:
             # A query that sees no key has output 0 and no gradient; SDPA must not meet its empty row.
             blind = ~visible.any(dim=-1, keepdim=True)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import sys
 
 import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+STRIDED = torch.strided  # the layout of dense tensors
+_LARGEST = sys.float_info.max
+
+
+def check_dense(name: str, value: object, dims: str = "") -> None:
+    """`dims` names the dimensions, for instance " [B Hq M D]"."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor{dims}, got {type(value).__name__}")
+    if value.layout is not STRIDED or value.is_nested or value.is_quantized:
+        kind = "a nested one" if value.is_nested else "a quantized one" if value.is_quantized else str(value.layout)
+        raise TypeError(f"{name}: expected a dense tensor{dims}, got {kind}")
 
 
 def check_tensor(name: str, value: object, dims: str) -> None:
-    """`dims` names the dimensions, for instance "B Hq M D"."""
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: expected a tensor [{dims}], got {type(value).__name__}")
+    """`dims` names the dimensions, for instance "B Hq M D". A quantized tensor is left to the check of its dtype."""
+    if not isinstance(value, Tensor) or value.layout is not STRIDED or value.is_nested:
+        check_dense(name, value, f" [{dims}]")
     if value.dim() != dims.count(" ") + 1:
         raise ValueError(f"{name}: expected [{dims}], got shape {tuple(value.shape)}")
 
@@ -48,26 +58,15 @@ def check_mask(
     check_like(name, mask, other_name, other, dtype=False)
 
 
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: expected one of {tuple(choices)}, got {value!r}")
+def check_scale(scale: float | None) -> None:
+    if scale is None:
+        return
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if not -_LARGEST <= scale <= _LARGEST:  # also catches NaN
+        raise ValueError(f"scale: expected a finite number, got {scale}")
 
 
-def check_number(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
-
-
-def check_grid(name: str, grid: Sequence[int]) -> list[int]:
-    """(h, w) or (t, h, w) as [t, h, w]."""
-    sides = [1, *grid] if len(grid) == 2 else [*grid]
-    if len(sides) != 3 or not all(isinstance(side, int) and side > 0 for side in sides):
-        raise ValueError(f"{name}: expected (h, w) or (t, h, w), positive integers, got {tuple(grid)}")
-    return sides
-
-
-def check_budget(name: str, budget: int, grid: Sequence[int]) -> None:
-    if type(budget) is not int:
-        raise TypeError(f"{name}: expected an int, got {type(budget).__name__}")
-    if not 1 <= budget <= math.prod(grid):
-        raise ValueError(f"{name}: expected 1..{math.prod(grid)} for a grid of {tuple(grid)}, got {budget}")
+def check_bool(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..budget import check_int
+from .checks import check_dense, check_floating
 
 
 def check_inputs(
@@ -37,7 +39,7 @@ def check_inputs(
         budget: tokens kept per image.
 
     Raises:
-        ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: naming the argument, what was expected and what came.
 
     Example:
         >>> check_inputs(object_scores=torch.tensor([[0.1, float("nan")]]))
@@ -46,21 +48,36 @@ def check_inputs(
     """
     tensors = {"query": query, "key": key, "value": value, "features": features}
     for name, tensor in {**tensors, "object_scores": object_scores, "deep_scores": deep_scores}.items():
-        if tensor is not None and not bool(tensor.isfinite().all()):
+        if tensor is None:
+            continue
+        _check_data(name, tensor)
+        if name != "features":  # may be of any dtype
+            check_floating(name, tensor)
+        tensor = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 has no isfinite
+        if not bool(tensor.isfinite().all()):
             nan, infinite = int(tensor.isnan().sum()), int(tensor.isinf().sum())
             raise ValueError(
                 f"{name}: expected finite values, got {nan} NaN and {infinite} infinite of {tensor.numel()}"
             )
     _check_lengths("cu_seqlens_q", cu_seqlens_q, "query", query)
     _check_lengths("cu_seqlens_k", cu_seqlens_k, "key", key)
-    if max_seqlen_q is not None and cu_seqlens_q is not None:
-        longest = int(cu_seqlens_q.diff().max()) if len(cu_seqlens_q) > 1 else 0
+    if max_seqlen_q is not None:
+        check_int("max_seqlen_q", max_seqlen_q, least=0)
+        longest = int(cu_seqlens_q.diff().max()) if cu_seqlens_q is not None and len(cu_seqlens_q) > 1 else 0
         if max_seqlen_q < longest:
             raise ValueError(f"max_seqlen_q: expected at least {longest}, the longest segment, got {max_seqlen_q}")
-    if candidate_mask is not None and budget is not None:
-        fewest = int(torch.atleast_2d(candidate_mask).sum(dim=-1).min()) if len(candidate_mask) else budget
-        if fewest < budget:
-            raise ValueError(f"candidate_mask: expected at least budget={budget} candidates per image, got {fewest}")
+    if budget is not None:
+        check_int("budget", budget)
+    if candidate_mask is not None:
+        _check_data("candidate_mask", candidate_mask)
+        if candidate_mask.dtype != torch.bool or candidate_mask.dim() not in (1, 2):
+            came = f"{candidate_mask.dtype} {tuple(candidate_mask.shape)}"
+            raise TypeError(f"candidate_mask: expected bool [B N] or [N], got {came}")
+        if budget is not None and len(candidate_mask):
+            fewest = int(torch.atleast_2d(candidate_mask).sum(dim=-1).min())
+            if fewest < budget:
+                expected = f"at least budget={budget} candidates per image"
+                raise ValueError(f"candidate_mask: expected {expected}, got {fewest}")
 
 
 def _check_lengths(name: str, cu_seqlens: Tensor | None, rows_name: str, rows: Tensor | None) -> None:
@@ -68,4 +85,15 @@ def _check_lengths(name: str, cu_seqlens: Tensor | None, rows_name: str, rows: T
         return
     if rows is None:
         raise ValueError(f"{rows_name}: expected the packed tensor that {name} cuts, got None")
+    if rows.dim() != 3:
+        raise ValueError(f"{rows_name}: expected [T H D], as {name} cuts it, got shape {tuple(rows.shape)}")
+    _check_data(name, cu_seqlens)
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or not len(cu_seqlens):
+        raise TypeError(f"{name}: expected int32 [S+1], got {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}")
     reference.segments(cu_seqlens, rows.shape[0], name)
+
+
+def _check_data(name: str, tensor: Tensor) -> None:
+    check_dense(name, tensor)
+    if tensor.is_meta:
+        raise ValueError(f"{name}: expected a tensor with data, got device meta")

@@ -8,6 +8,7 @@ import warnings
 from typing import NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
 library = torch.library.Library("hiprune", "FRAGMENT")
 
@@ -20,6 +21,15 @@ if CPU_KERNELS:
 TRITON = importlib.util.find_spec("triton") is not None  # imported at the first CUDA call
 NO_TRITON = "Triton is not installed"
 NO_CPU_KERNELS = "the C++ kernels were not built (install with torch present and --no-build-isolation)"
+
+
+def transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is at work around the call.
+
+    A custom operator has no derivative there: it would lose tangents without a word, and `torch.func.grad` would raise
+    from inside. PyTorch's own operators have, so the reference serves these calls.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
 
 
 @functools.cache

@@ -16,18 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..budget import ROLE_NAMES, SelectionPlan, check_selection_options, plan_selection
-from .checks import (
-    FLOATING,
-    check_budget,
-    check_floating,
-    check_grid,
-    check_like,
-    check_mask,
-    check_shape,
-    check_tensor,
-)
-from .library import NO_TRITON, TRITON, library, warn_without_cpu_kernels
+from ..budget import ROLE_NAMES, SelectionPlan, check_budget, check_grid, plan_selection
+from .checks import FLOATING, check_dense, check_floating, check_like, check_mask, check_shape, check_tensor
+from .library import NO_TRITON, TRITON, library, transformed, warn_without_cpu_kernels
 
 # ---------------------------------------------------------------------------------------------- public functions
 
@@ -225,8 +216,9 @@ def prune_tokens_varlen(
 
 
 def _prune(features, object_scores, deep_scores, candidate_mask, plan) -> tuple[Tensor, Tensor, Tensor]:
-    if features.requires_grad and torch.is_grad_enabled():
-        # The fused operator has no backward (one in Python would cost more than the kernel); PyTorch's own gather has.
+    if (features.requires_grad and torch.is_grad_enabled()) or transformed():
+        # The fused operator has no derivative (one in Python would cost more than the kernel); PyTorch's gather has.
+        check_dense("features", features)
         indices, roles = _select_op(object_scores, deep_scores, candidate_mask, plan)
         return (
             reference.gather_rows(features[..., SelectionPlan.from_flat(plan).num_prefix_tokens :, :], indices),
@@ -245,16 +237,19 @@ def _prune(features, object_scores, deep_scores, candidate_mask, plan) -> tuple[
 
 def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_prefix_tokens: int, count: int) -> None:
     if candidate_mask is None and isinstance(object_scores, Tensor) and isinstance(deep_scores, Tensor):
-        shape, dtype = object_scores.shape, object_scores.dtype
-        if (
-            len(shape) == 1 + (" " in dims)
-            and shape[-1] == num_prefix_tokens + count
-            and shape == deep_scores.shape
-            and dtype in FLOATING
-            and dtype == deep_scores.dtype
-            and object_scores.device == deep_scores.device
-        ):
-            return
+        try:
+            shape, dtype = object_scores.shape, object_scores.dtype
+            if (
+                len(shape) == 1 + (" " in dims)
+                and shape[-1] == num_prefix_tokens + count
+                and shape == deep_scores.shape
+                and dtype in FLOATING
+                and dtype == deep_scores.dtype
+                and object_scores.device == deep_scores.device
+            ):
+                return
+        except RuntimeError:  # a nested tensor has no shape
+            pass
     check_tensor("object_scores", object_scores, dims)
     check_floating("object_scores", object_scores)
     shape = object_scores.shape
@@ -270,12 +265,15 @@ def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_pre
 
 
 def _check_features(features, dims: str, object_scores) -> None:
-    if (
-        isinstance(features, Tensor)
-        and features.shape[:-1] == object_scores.shape
-        and features.device == object_scores.device
-    ):
-        return
+    try:
+        if (
+            isinstance(features, Tensor)
+            and features.shape[:-1] == object_scores.shape
+            and features.device == object_scores.device
+        ):
+            return
+    except RuntimeError:
+        pass
     check_tensor("features", features, dims)
     check_shape("features", features, dims, (*object_scores.shape, features.shape[-1]))
     check_like("features", features, "object_scores", object_scores, dtype=False)
@@ -283,11 +281,8 @@ def _check_features(features, dims: str, object_scores) -> None:
 
 def _plan_dense(budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens, grid) -> tuple[tuple[int, ...], int]:
     """The plan as the operators take it, and the number of candidates."""
-    check_selection_options(alpha, rule, neighborhood, keep_roles)
     sides = check_grid("grid", grid)
     check_budget("budget", budget, sides)
-    if type(num_prefix_tokens) is not int or num_prefix_tokens < 0:
-        raise ValueError(f"num_prefix_tokens: expected an int, at least 0, got {num_prefix_tokens!r}")
     plan = plan_selection((sides,), (budget,), alpha, rule, neighborhood, keep_roles, num_prefix_tokens)
     return tuple(plan), math.prod(sides)
 
@@ -300,8 +295,8 @@ def _cached_plan(budget, alpha, rule, neighborhood, keep_roles, num_prefix_token
 def _check_dense(
     object_scores, deep_scores, budget, alpha, grid, rule, neighborhood, num_prefix_tokens, candidate_mask, keep_roles
 ) -> tuple[int, ...]:
-    # torch.compile traces no cache; what is no float may change its value and remain the same object.
-    cacheable = type(alpha) is float and not torch.compiler.is_compiling()
+    # A set would become a grid as it is cut up below; and torch.compile traces no cache.
+    cacheable = (type(grid) is tuple or type(grid) is list) and not torch.compiler.is_compiling()
     options = budget, alpha, rule, neighborhood, keep_roles, num_prefix_tokens
     try:
         plan, count = _cached_plan(*options, *grid) if cacheable else (None, 0)
@@ -316,15 +311,9 @@ def _check_dense(
 def _check_packed(
     object_scores, deep_scores, grids, budgets, alpha, rule, neighborhood, candidate_mask, keep_roles
 ) -> list[int]:
-    check_selection_options(alpha, rule, neighborhood, keep_roles)
-    grids = [check_grid(f"grids[{i}]", grid) for i, grid in enumerate(grids)]
-    budgets = list(budgets)
-    if len(budgets) != len(grids):
-        raise ValueError(f"budgets: expected {len(grids)}, one per grid, got {len(budgets)}")
-    for i, (budget, grid) in enumerate(zip(budgets, grids)):
-        check_budget(f"budgets[{i}]", budget, grid)
+    plan = plan_selection(grids, budgets, alpha, rule, neighborhood, keep_roles)
     _check_scores(object_scores, deep_scores, candidate_mask, "T", 0, sum(map(math.prod, grids)))
-    return plan_selection(grids, budgets, alpha, rule, neighborhood, keep_roles)
+    return plan
 
 
 # ------------------------------------------------------------------------------------------------------ dispatch
@@ -339,17 +328,23 @@ _select_op, _prune_op = torch.ops.hiprune.select_tokens.default, torch.ops.hipru
 
 @torch.library.impl(library, "select_tokens", "CompositeExplicitAutograd")
 def _select_reference(object_scores, deep_scores, candidate_mask, plan):
-    if object_scores.device.type == "cpu":
-        warn_without_cpu_kernels()
+    _check_reference(object_scores=object_scores, deep_scores=deep_scores)
     return reference.select_planned(object_scores, deep_scores, candidate_mask, SelectionPlan.from_flat(plan))
 
 
 @torch.library.impl(library, "prune_tokens", "CompositeExplicitAutograd")
 def _prune_reference(features, object_scores, deep_scores, candidate_mask, plan):
-    if object_scores.device.type == "cpu":
-        warn_without_cpu_kernels()
+    _check_reference(features=features, object_scores=object_scores, deep_scores=deep_scores)
     plan = SelectionPlan.from_flat(plan)
     return reference.prune_planned(features, object_scores, deep_scores, candidate_mask, plan)
+
+
+def _check_reference(object_scores: Tensor, **others: Tensor) -> None:
+    """Sparse and quantized tensors come to the reference on any device: checked here, they cost the kernels nothing."""
+    for name, tensor in {"object_scores": object_scores, **others}.items():
+        check_dense(name, tensor)
+    if object_scores.device.type == "cpu":
+        warn_without_cpu_kernels()
 
 
 def cuda_kernel_gap(plan: SelectionPlan) -> str:

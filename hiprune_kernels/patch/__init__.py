@@ -133,9 +133,10 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
     check_selection_options(settings.alpha, settings.rule, settings.neighborhood, settings.keep_roles)
     if settings.rule not in ("paper", "official", "grid"):
         raise ValueError(f'rule: expected "paper", "official" or "grid" for a model, got {settings.rule!r}')
-    if settings.score_queries not in ("all", "cls"):
+    if not isinstance(settings.score_queries, str) or settings.score_queries not in ("all", "cls"):
         raise ValueError(f'score_queries: expected "all" or "cls", got {settings.score_queries!r}')
-    if settings.unpad not in (("before", "after") if family.has_unpad else ()) + (None,):
+    known = ("before", "after") if family.has_unpad else ()
+    if settings.unpad is not None and not (isinstance(settings.unpad, str) and settings.unpad in known):
         expected = '"before" or "after"' if family.has_unpad else f"None for a {type(model).__name__}"
         raise ValueError(f"unpad: expected {expected}, got {settings.unpad!r}")
     resolve_budget(1, budget=settings.budget, retention=settings.retention)
@@ -153,7 +154,7 @@ def _prepare_tower(encoder: nn.Module, feature_layer: int, settings: Settings) -
     object_layer = settings.object_layer
     if object_layer is None:
         object_layer = family.default_object_layer(len(layers), feature_layer)
-    if isinstance(object_layer, bool) or not isinstance(object_layer, int):
+    if type(object_layer) is not int:
         raise TypeError(f"object_layer: expected an int, got {type(object_layer).__name__}")
     if not 1 <= object_layer <= feature_layer:
         raise ValueError(

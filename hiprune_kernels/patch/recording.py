@@ -115,10 +115,12 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
         >>> scores[9][0].shape
         torch.Size([1, 577])
     """
+    if not isinstance(encoder, nn.Module):
+        raise TypeError(f"encoder: expected a torch.nn.Module, got {type(encoder).__name__}")
     family, config, modules = find_encoder(encoder)
     _, inner = locate_layers(encoder)
-    wanted = range(1, len(modules) + 1) if layers == "all" else layers
-    if isinstance(wanted, (str, int)) or not all(isinstance(layer, int) for layer in wanted):
+    wanted = range(1, len(modules) + 1) if isinstance(layers, str) and layers == "all" else layers
+    if not isinstance(wanted, (list, tuple, range, set, frozenset)) or not all(type(layer) is int for layer in wanted):
         raise TypeError(f'layers: expected "all" or a sequence of 1-based layer numbers, got {layers!r}')
     if not all(1 <= layer <= len(modules) for layer in wanted):
         raise ValueError(f"layers: expected numbers from 1 to {len(modules)}, got {layers!r}")
