@@ -460,7 +460,7 @@ def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
     if run is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     family, settings = run.tower.family, _CALL.get().patch.settings
-    attention = family.project(self, hidden_states, *args, **kwargs)
+    attention = family.project(self, hidden_states, *args, **kwargs).autocast()
     run.deep_scores = token_scores(run, settings, attention.column_scores(settings.score_queries))
     if run.tower.object_layer == run.tower.feature_layer:
         run.object_scores = run.deep_scores
