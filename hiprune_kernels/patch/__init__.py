@@ -144,6 +144,8 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
         family=family,
         host=host,
         towers=[_prepare_tower(encoder, family.feature_layer(host, {}), settings) for encoder in family.encoders(host)],
+        connector=family.connector(host),
+        language_model=family.language_model(host),
         argument_names=forward_names(host),
     )
 
@@ -181,11 +183,10 @@ def _install(patch: Patch, model: nn.Module) -> None:
                 edits.set_method(layer, "forward", skipped_layer_forward)
         edits.set_attribute(host, PATCH, patch)
         edits.set_method(host, "forward", host_forward)
-        connector, language_model = patch.family.connector(host), patch.family.language_model(host)
-        if connector is not None:
-            edits.set_method(connector, "forward", connector_forward)
-        if language_model is not None:
-            install_decoder(edits, model, host, language_model)
+        if patch.connector is not None:
+            edits.wrap_forward(patch.connector, connector_forward)
+        if patch.language_model is not None:
+            install_decoder(edits, model, host, patch.language_model)
         patch.family.install(edits, model, host)
     except BaseException:
         edits.undo()

@@ -119,6 +119,8 @@ class Patch:
     family: ModelFamily
     host: nn.Module
     towers: list[Tower]
+    connector: nn.Module | None
+    language_model: nn.Module | None
     argument_names: tuple[str, ...]  # of the host's forward
     edits: Edits = field(default_factory=Edits)
     last: list[Selection] = field(default_factory=list)
@@ -210,12 +212,30 @@ class Call:
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hiprune_call", default=None)
+_REFUSALS: ContextVar[tuple[tuple[nn.Module, str], ...]] = ContextVar("hiprune_refusals", default=())
 
 
 def current_call(part: str, module: nn.Module) -> Call | None:
     """The open call, if `module` is this part ("connector" or "language_model") of its host."""
     call = _CALL.get()
-    return call if call is not None and getattr(call.patch.family, part)(call.patch.host) is module else None
+    return call if call is not None and getattr(call.patch, part) is module else None
+
+
+@contextmanager
+def refuse_if_pruned(host: nn.Module, message: str) -> Iterator[None]:
+    """Let a forward of `host` raise ValueError as soon as it is certain that tokens go, and be stock if none do."""
+    token = _REFUSALS.set((*_REFUSALS.get(), (host, message)))
+    try:
+        yield
+    finally:
+        _REFUSALS.reset(token)
+
+
+def _refuse(call: Call) -> None:
+    """Raise ValueError for what was asked of a forward that is going to prune, and cannot be given."""
+    for host, message in _REFUSALS.get():
+        if host is call.patch.host:
+            raise ValueError(message)
 
 
 def _current_run(module: nn.Module) -> EncoderRun | None:
@@ -240,6 +260,11 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def has_images(arguments: dict[str, Any]) -> bool:
+    """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
+    return any(name.startswith("pixel_values") and value is not None for name, value in arguments.items())
+
+
 @contextmanager
 def open_call(call: Call) -> Iterator[None]:
     """Let `call` be the current one."""
@@ -252,14 +277,23 @@ def open_call(call: Call) -> Iterator[None]:
 
 def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, inside an open call. A wrapper rather than two hooks, so that even an interrupt closes it."""
-    patch: Patch = self.__dict__[PATCH]
+    patch: Patch | None = self.__dict__.get(PATCH)
+    if patch is None:  # taken off since, and called by somebody's forward around this one
+        return type(self).forward(self, *args, **kwargs)
     call = Call(patch, bind(patch.argument_names, args, kwargs))
     encoded = (call.arguments.get("mm_encoder_outputs") or {}).get(ENCODED)
     if encoded is not None:
         call.runs, call.prompts = encoded.runs, encoded.prompts
+        if call.prunes:
+            _refuse(call)
     forward = encoder_forward if any(tower.encoder is self for tower in patch.towers) else type(self).forward
     with open_call(call):
         output = forward(self, *args, **kwargs)
+    if call.prunes and call.plan is None and patch.language_model is not None:
+        raise RuntimeError(
+            f"model: expected {type(patch.language_model).__name__} to run as patched, but its forward was replaced; "
+            "undo that, or call apply_hiprune again"
+        )
     if call.runs:
         patch.last = [selection for run in call.runs for selection in _selections(run)]
     if not call.prunes or encoded is not None:  # `generate` reads no features
@@ -311,11 +345,12 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
         run.budgets += tile_budgets(shared, budget=settings.budget, retention=settings.retention)
         tile += count
     if run.budgets == sizes:  # nothing is selected, so every token counts as a register
-        device = next(tower.encoder.parameters()).device
+        device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         run.whole = True
         run.indices = torch.arange(sum(sizes), device=device)
         run.roles = torch.full((sum(sizes),), _REGISTER, dtype=torch.uint8, device=device)
         return run
+    _refuse(call)
     if patch.host.training:
         raise ValueError("model: pruning is for inference, but the model is in training mode; call model.eval() first")
     if call.arguments.get("output_attentions") or getattr(patch.host.config, "output_attentions", False):
@@ -485,25 +520,25 @@ def skipped_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
 # -------------------------------------------------------------------------------------------------------- the connector
 
 
-def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
+def connector_forward(module: nn.Module, forward: Callable[..., Tensor], features: Tensor) -> Tensor:
     """Features to the language model's space; in a run, for the kept tokens, spread over the places of all of them."""
-    call = current_call("connector", self)
+    call = current_call("connector", module)
     run = call.runs[-1] if call is not None and call.runs else None
     if run is None:
-        return type(self).forward(self, features)
+        return forward(features)
     family = run.tower.family
     if run.whole or run.pool is not None:
-        projected = type(self).forward(self, features)
+        projected = forward(features)
         run.connector_prefix = 0 if family.packed else projected.shape[1] - run.sizes[0]
         return projected
     if family.packed:
-        projected = type(self).forward(self, features)
+        projected = forward(features)
         places = _packed_units(run)
         return projected.new_zeros(len(run.unit_rows), projected.shape[-1]).index_copy(0, places, projected)
     tokens = _tile_indices(run)
     if family.full_shape:
         features = gather_rows(features, tokens.clamp(min=0).to(features.device))
-    projected = type(self).forward(self, features)
+    projected = forward(features)
     run.connector_prefix = prefix = projected.shape[1] - tokens.shape[1]
     length = prefix + run.sizes[0]
     places = tokens if run.even else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last
