@@ -157,6 +157,15 @@ def tap_attention(edits: Edits, attention: nn.Module, listener: Callable[..., tu
     edits.set_attribute(attention, "config", config)
 
 
+def clear_taps(root: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+    """Take this listener's taps off copies of tapped modules, as PEFT makes them, which no record of edits knows."""
+    for module in root.modules():
+        tap = module.__dict__.get(_TAP)
+        if tap is not None and tap.listener is listener:
+            del module.__dict__[_TAP]
+            module.__dict__["config"] = tap.config
+
+
 def refuse_tapped(attentions: Iterable[nn.Module]) -> None:
     """Raise ValueError if any of these attention modules has a tap already."""
     if any(_TAP in attention.__dict__ for attention in attentions):

@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import nn
 
+_PACKAGE = __name__.split(".")[0]
+
 
 class _Around:
     """An instance's forward: `function`, which is handed the module and the forward that it had before.
@@ -70,6 +72,12 @@ class Edits:
         self._attributes.append((module, name, name in module.__dict__, module.__dict__.get(name)))
         module.__dict__[name] = value
 
+    def refuse_changed(self) -> None:
+        """Raise ValueError if a method that was set here was replaced since."""
+        for module, name, function in self._methods:
+            if getattr(module.__dict__.get(_slot(module, name)), "__func__", None) is not function:
+                refuse_replaced(module, name)
+
     def undo(self) -> None:
         """Bring everything back. Accelerate's hooks may have come or gone since, so our methods are looked for."""
         for module, name, existed, value in reversed(self._attributes):
@@ -111,3 +119,12 @@ def refuse_replaced(module: nn.Module, name: str) -> None:
             f"model: expected the stock `{name}` on {type(module).__name__}, but this instance carries a "
             f"replacement ({present!r}); remove it first"
         )
+
+
+def clear_methods(root: nn.Module) -> None:
+    """Take our methods off copies of patched modules, as PEFT makes them, which no record of edits knows."""
+    for module in root.modules():
+        for slot, present in list(module.__dict__.items()):
+            owner = getattr(getattr(present, "__func__", None), "__module__", None) or ""
+            if isinstance(present, _Around) or owner.split(".")[0] == _PACKAGE:
+                _restore(module, slot)

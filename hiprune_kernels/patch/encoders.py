@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import ops
 from ..budget import ROLE_NAMES, tile_budgets
 from .attention import Attention
-from .edits import Edits
+from .edits import Edits, refuse_replaced
 from .towers import EncoderFamily, Grid
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
@@ -137,6 +137,18 @@ class Patch:
             "remove_hiprune before, or save its state_dict, or use save_pretrained"
         )
 
+    def check_parts(self) -> None:
+        """Raise RuntimeError if a part of the model was replaced, as PEFT does with the modules that it is to save."""
+        family, host = self.family, self.host
+        patched = (*(tower.encoder for tower in self.towers), self.connector, self.language_model)
+        present = (*family.encoders(host), family.connector(host), family.language_model(host))
+        for old, new in zip(patched, present):
+            if old is not new and old is not getattr(new, "_orig_mod", None):  # which torch.compile's wrapper runs
+                raise RuntimeError(
+                    f"model: expected the {type(old).__name__} that was patched, but another module, a "
+                    f"{type(new).__name__}, stands in its place; call apply_hiprune again"
+                )
+
     def tower_of(self, module: nn.Module) -> Tower | None:
         """The tower whose encoder, object attention, feature layer or later layer `module` is."""
         for tower in self.towers:
@@ -179,6 +191,14 @@ class EncoderRun:
     def even(self) -> bool:
         """Whether sizes alone tell that every tile keeps the same number of tokens, with no -1 among them."""
         return self.filled and len(set(self.budgets)) == 1
+
+    def check_selected(self) -> None:
+        """Raise RuntimeError if nothing was selected where it should have been."""
+        if not self.whole and self.roles is None:
+            raise RuntimeError(
+                f"model: expected layer {self.tower.feature_layer} of {type(self.tower.encoder).__name__} to run as "
+                "patched, but the layer or its forward was replaced; undo that, or call apply_hiprune again"
+            )
 
     def kept(self) -> Tensor:
         """Which placeholders stay, bool; tile by tile: prefix rows that went through the connector, then tokens."""
@@ -268,6 +288,8 @@ def has_images(arguments: dict[str, Any]) -> bool:
 @contextmanager
 def open_call(call: Call) -> Iterator[None]:
     """Let `call` be the current one."""
+    if has_images(call.arguments):
+        call.patch.check_parts()
     token = _CALL.set(call)
     try:
         yield
@@ -294,6 +316,8 @@ def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"model: expected {type(patch.language_model).__name__} to run as patched, but its forward was replaced; "
             "undo that, or call apply_hiprune again"
         )
+    for run in call.runs:
+        run.check_selected()
     if call.runs:
         patch.last = [selection for run in call.runs for selection in _selections(run)]
     if not call.prunes or encoded is not None:  # `generate` reads no features
@@ -424,6 +448,12 @@ def token_scores(run: EncoderRun, settings: Settings, scores: Tensor) -> Tensor:
 
 def select(run: EncoderRun, settings: Settings) -> None:
     """Algorithm 1 on a run's scores: sets `indices` and `roles`."""
+    if run.object_scores is None:
+        raise RuntimeError(
+            f"model: expected scores of layer {run.tower.object_layer} of {type(run.tower.encoder).__name__}, but its "
+            "attention was replaced by one that hiprune_kernels cannot listen to; undo that, or choose another "
+            "object_layer"
+        )
     device = run.deep_scores.device
     run.indices, run.roles = ops.select_tokens_varlen(
         run.object_scores.to(device),
@@ -489,12 +519,40 @@ def gather_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def refuse_bypassed(layer: nn.Module, family: EncoderFamily) -> None:
+    """Raise ValueError if somebody changed a module whose own forward the feature layer goes round: its attention.
+
+    Everything else in the layer is called as a module.
+    """
+    module = layer
+    for name in family.attention.split("."):
+        owner, module = module, getattr(module, name)
+        if not type(module).__module__.startswith("transformers."):
+            raise ValueError(
+                f"model: expected transformers' own module as `{name}` of {type(owner).__name__}, as hiprune_kernels "
+                f"computes what it does by itself, got {type(module).__name__}"
+            )
+        refuse_replaced(module, "forward")
+        backward = module._backward_hooks or module._backward_pre_hooks
+        if backward or module._forward_pre_hooks or any(map(_foreign, module._forward_hooks.values())):
+            raise ValueError(
+                f"model: expected no hooks on {type(module).__name__}, as hiprune_kernels computes what it does by "
+                "itself and would not call them; remove them first, or hook a module within it"
+            )
+
+
+def _foreign(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is not one of those with which transformers collects attention maps."""
+    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+
+
 def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The feature layer: all rows in; in a run, only the selected ones out."""
     run = _current_run(self)
     if run is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     family, settings = run.tower.family, _CALL.get().patch.settings
+    refuse_bypassed(self, family)
     attention = family.project(self, hidden_states, *args, **kwargs).autocast()
     run.deep_scores = token_scores(run, settings, attention.column_scores(settings.score_queries))
     if run.tower.object_layer == run.tower.feature_layer:
@@ -526,6 +584,7 @@ def connector_forward(module: nn.Module, forward: Callable[..., Tensor], feature
     run = call.runs[-1] if call is not None and call.runs else None
     if run is None:
         return forward(features)
+    run.check_selected()
     family = run.tower.family
     if run.whole or run.pool is not None:
         projected = forward(features)
