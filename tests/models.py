@@ -299,13 +299,17 @@ VLM_CASES |= {"next": _llava_next_case, "onevision": _onevision_case, "video lla
 
 
 def tiny_internvl(
-    seed: int = 0, text: PretrainedConfig | None = None, implementation: str = "sdpa", **changes
+    seed: int = 0,
+    text: PretrainedConfig | None = None,
+    implementation: str = "sdpa",
+    use_qk_norm: bool = False,
+    **changes,
 ) -> InternVLForConditionalGeneration:
     """An InternVL whose tiles have 12 by 12 patches and, as images elsewhere, 6 by 6 tokens."""
     torch.manual_seed(seed)
     vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
     config = InternVLConfig(
-        vision_config=InternVLVisionConfig(**vision, image_size=96, patch_size=8),
+        vision_config=InternVLVisionConfig(**vision, image_size=96, patch_size=8, use_qk_norm=use_qk_norm),
         text_config=text or tiny_text_config(),
         image_token_id=IMAGE_TOKEN,
         image_seq_length=NUM_TOKENS,

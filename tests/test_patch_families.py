@@ -12,7 +12,15 @@ from models import IMAGE_TOKEN, VLM_CASES
 from patch_reference import one_thread  # noqa: F401
 from transformers import GenerationMixin
 
-from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, is_patched, last_selection, remove_hiprune
+from hiprune_kernels.patch import (
+    FAMILIES,
+    apply_hiprune,
+    bare,
+    is_patched,
+    last_selection,
+    record_scores,
+    remove_hiprune,
+)
 
 SHARE = 0.3
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -92,6 +100,57 @@ def test_copies_and_files(case, tmp_path):
     loaded = type(stock).from_pretrained(tmp_path)
     assert not is_patched(loaded) and torch.equal(run(loaded, inputs), run(stock, inputs))
     assert torch.equal(run(apply_hiprune(loaded, retention=SHARE), inputs), pruned_logits)
+
+
+def test_nothing_is_refused_where_nothing_is_pruned(case):
+    stock, inputs, *_ = case
+    model, stock = apply_hiprune(copy.deepcopy(stock), retention=1.0), copy.deepcopy(stock)
+    labels = inputs["input_ids"]
+    with torch.no_grad():
+        assert torch.equal(model(**inputs, labels=labels).loss, stock(**inputs, labels=labels).loss)
+    last = torch.tensor([0, 5])
+    assert torch.equal(run(model, inputs, logits_to_keep=last), run(stock, inputs, logits_to_keep=last))
+    assert outcome(model, inputs) == outcome(stock, inputs)
+    for each in (model, stock):
+        each.set_attn_implementation("eager")
+    with torch.no_grad():
+        ours, theirs = (each(**inputs, output_attentions=True).attentions for each in (model, stock))
+    assert len(ours) == len(theirs) > 0 and all(map(torch.equal, ours, theirs))
+    for each in (model.train(), stock.train()):
+        torch.manual_seed(0)
+        each(**inputs, labels=labels).loss.backward()
+    gradients = [[parameter.grad for parameter in each.parameters()] for each in (model, stock)]
+    assert any(gradient is not None for gradient in gradients[0])
+    for ours, theirs in zip(*gradients):
+        assert (ours is None and theirs is None) or torch.equal(ours, theirs)
+
+
+def outcome(model, inputs):
+    """Tokens of a prefill in chunks, or the error where the stock code of a release cannot do it."""
+    try:
+        return tokens(model, inputs, prefill_chunk_size=8).tolist()
+    except (ValueError, RuntimeError) as error:
+        return repr(error)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("weights", ["float32", "half"])
+def test_autocast(case, dtype, weights):
+    """In half precision as to size, and the same whatever the weights' own dtype where they are all cast."""
+    stock, inputs, pruned_logits, pruned_tokens = case
+    model = copy.deepcopy(stock)
+    if weights == "half":
+        model, inputs = model.to(dtype), pixels_as(inputs, dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        expected = run(model, inputs)
+        with record_scores(model, layers=[1]) as scores:
+            assert torch.equal(run(model, inputs), expected)
+        assert all(score.dtype == torch.float32 and bool(score.isfinite().all()) for score in scores[1])
+        logits = run(apply_hiprune(model, retention=SHARE), inputs)
+        assert tokens(model, inputs).shape == pruned_tokens.shape
+    assert logits.dtype == expected.dtype and logits.shape == pruned_logits.shape
+    last = logits[:, -1].float() - pruned_logits[:, -1]
+    assert float(last.norm() / pruned_logits[:, -1].norm()) < 0.5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -230,6 +289,19 @@ def test_features_of_the_caller_s_are_not_pruned(case):
     assert torch.equal(run(model, ours), run(stock, theirs))
     assert torch.equal(tokens(model, ours), tokens(stock, theirs))
     assert last_selection(model) == []
+
+
+@encodes_ahead
+def test_labels_are_refused_with_pruned_features_too(case):
+    stock, inputs, *_ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    given = {name: inputs[name] for name in inputs if name != "input_ids"}
+    with torch.no_grad():
+        encode = model._maybe_prepare_encoder_kwargs_for_generation
+        given = encode(inputs["input_ids"], given, None, model.generation_config)
+    given = {name: value for name, value in given.items() if not name.startswith("pixel_values")}
+    with pytest.raises(ValueError, match="labels: the logits of a pruned forward are shorter"):
+        run(model, given, input_ids=inputs["input_ids"], labels=inputs["input_ids"])
 
 
 def rows(args, kwargs):

@@ -25,7 +25,7 @@ from patch_reference import (
 from transformers import CLIPVisionModel, GemmaConfig, Qwen2Config, Qwen3Config
 
 from hiprune_kernels import reference
-from hiprune_kernels.patch import apply_hiprune, last_selection, remove_hiprune
+from hiprune_kernels.patch import apply_hiprune, last_selection, record_scores, remove_hiprune
 
 BUDGET, LAYERS = 10, (2, DEPTH)
 PROMPTS = {
@@ -249,6 +249,32 @@ def test_what_keeps_everything_is_stock(stock):
     model = apply_hiprune(copy.deepcopy(stock), budget=NUM_TOKENS)
     assert torch.equal(run(model, inputs).logits, run(stock, inputs).logits)
     assert [len(selection.indices) for selection in last_selection(model)] == [NUM_TOKENS] * 4
+
+
+def test_tiles_that_are_not_square_are_stock_where_nothing_is_pruned(stock):
+    """4 by 16 patches, which stock code takes for 8 by 8."""
+    inputs = batch([prompt(5, "image", 7, image_tokens=16)], torch.randn(1, 3, 32, 128))
+    model = apply_hiprune(copy.deepcopy(stock), retention=1.0)
+    assert torch.equal(run(model, inputs).logits, run(stock, inputs).logits)
+    assert [len(selection.indices) for selection in last_selection(model)] == [16]
+    with pytest.raises(ValueError, match="expected square tiles of a multiple of 2 patches, got tiles of 4 by 16"):
+        run(apply_hiprune(model, budget=BUDGET), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_norms_of_queries_and_keys_under_autocast(dtype):
+    """They give float32, beside values in half precision."""
+    stock = tiny_internvl(use_qk_norm=True)
+    assert type(stock.model.vision_tower.encoder.layer[0].attention.q_norm).__name__ == "InternVLVisionRMSNorm"
+    inputs = inputs_for("batch")
+    expected = run(apply_hiprune(copy.deepcopy(stock), budget=BUDGET), inputs).logits[:, -1]
+    with torch.autocast("cpu", dtype=dtype):
+        with record_scores(stock, layers=[1]) as scores:
+            run(stock, inputs)
+        logits = run(apply_hiprune(copy.deepcopy(stock), budget=BUDGET), inputs).logits[:, -1]
+    assert logits.dtype == dtype and float((logits.float() - expected).norm() / expected.norm()) < 0.5
+    exact = eager_columns(stock.model.vision_tower, {"pixel_values": inputs["pixel_values"]})[0]
+    assert float((scores[1][0] - exact).norm() / exact.norm()) < 0.05
 
 
 def test_bad_input(stock, patched):

@@ -302,6 +302,9 @@ def test_offloaded_weights(model, pruned_logits):
     apply_hiprune(model, budget=10)
     assert torch.equal(run(model), pruned_logits)
     assert torch.equal(model.generate(**inputs(), **GREEDY), expected)
+    apply_hiprune(model, retention=1.0)
+    run(model)
+    assert last_selection(model)[0].indices.tolist() == list(range(36))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from ..budget import ROLE_NAMES, check_selection_options, resolve_budget
 from . import bare, glm4v, internvl, llava, llava_next, llava_onevision, qwen_vl, video_llava
-from .attention import refuse_tapped, tap_attention
+from .attention import clear_taps, refuse_tapped, tap_attention
 from .decoder import install_decoder
+from .edits import clear_methods
 from .encoders import (
     PATCH,
     ModelFamily,
@@ -26,6 +27,7 @@ from .encoders import (
     forward_names,
     host_forward,
     object_listener,
+    refuse_bypassed,
     skipped_layer_forward,
 )
 from .recording import LayerScores, record_scores
@@ -145,11 +147,15 @@ def _prepare(model: nn.Module, family: ModelFamily, settings: Settings) -> Patch
         family=family,
         host=host,
         towers=[_prepare_tower(encoder, family.feature_layer(host, {}), settings) for encoder in family.encoders(host)],
+        connector=family.connector(host),
+        language_model=family.language_model(host),
         argument_names=forward_names(host),
     )
 
 
 def _prepare_tower(encoder: nn.Module, feature_layer: int, settings: Settings) -> Tower:
+    if not isinstance(encoder, PreTrainedModel):  # a wrapper, whose forward does not show what it takes
+        raise ValueError(f"model: expected a transformers.PreTrainedModel for its vision, got {type(encoder).__name__}")
     family, config, layers = find_encoder(encoder)
     object_layer = settings.object_layer
     if object_layer is None:
@@ -163,6 +169,7 @@ def _prepare_tower(encoder: nn.Module, feature_layer: int, settings: Settings) -
         )
     if settings.score_queries == "cls" and family.num_prefix_tokens(config) == 0:
         raise ValueError(f'score_queries: expected "all", as {type(encoder).__name__} has no CLS token, got "cls"')
+    refuse_bypassed(layers[feature_layer - 1], family)
     return Tower(encoder, family, config, layers, object_layer, feature_layer, forward_names(encoder))
 
 
@@ -182,11 +189,10 @@ def _install(patch: Patch, model: nn.Module) -> None:
                 edits.set_method(layer, "forward", skipped_layer_forward)
         edits.set_attribute(host, PATCH, patch)
         edits.set_method(host, "forward", host_forward)
-        connector, language_model = patch.family.connector(host), patch.family.language_model(host)
-        if connector is not None:
-            edits.set_method(connector, "forward", connector_forward)
-        if language_model is not None:
-            install_decoder(edits, model, host, language_model)
+        if patch.connector is not None:
+            edits.wrap_forward(patch.connector, connector_forward)
+        if patch.language_model is not None:
+            install_decoder(edits, model, host, patch.language_model)
         patch.family.install(edits, model, host)
     except BaseException:
         edits.undo()
@@ -196,7 +202,8 @@ def _install(patch: Patch, model: nn.Module) -> None:
 def _apply(model: nn.Module, settings: Settings) -> None:
     patch, previous = _prepare(model, _family(model), settings), _patch_of(model)
     if previous is not None:
-        previous.edits.undo()
+        previous.edits.refuse_changed()  # what could not be patched again is not taken off
+        _take_off(previous)
     try:
         _install(patch, model)
     except BaseException:
@@ -211,8 +218,14 @@ def remove_hiprune(model: Model) -> Model:
     Raises:
         ValueError: if the model is not patched.
     """
-    _patched(model).edits.undo()
+    _take_off(_patched(model))
     return model
+
+
+def _take_off(patch: Patch) -> None:
+    patch.edits.undo()
+    clear_methods(patch.host)
+    clear_taps(patch.host, object_listener)
 
 
 def _patched(model: nn.Module) -> Patch:

@@ -32,6 +32,16 @@ class Attention(NamedTuple):
     key_mask: Tensor | None = None  # [B, N] bool: False for padding, as key and as query; only where nothing is pruned
     cu_seqlens: Tensor | None = None  # [S + 1] int32
 
+    def autocast(self) -> Attention:
+        """In the dtype that fused attention computes in: under autocast some encoders' norms give float32 to it."""
+        device = self.query.device.type
+        if not torch.is_autocast_enabled(device):
+            return self
+        dtype = torch.get_autocast_dtype(device)
+        states = (self.query, self.key, self.value)
+        query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in states)
+        return self._replace(query=query, key=key, value=value)
+
     def column_scores(self, score_queries: str = "all") -> Tensor:
         """Eq. 2 over all queries, or for the first one ("cls"): [B, N], or [T] for packed sequences."""
         if self.cu_seqlens is not None:
@@ -128,7 +138,7 @@ def _tapped_attention(
     else:
         packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
         attention = Attention(*packed, scaling, cu_seqlens=cu_seq_lens_q.to(torch.int32))
-    return tap.listener(module, attention, stock)
+    return tap.listener(module, attention.autocast(), stock)
 
 
 _PACKED_ONLY = ("cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -145,6 +155,15 @@ def tap_attention(edits: Edits, attention: nn.Module, listener: Callable[..., tu
     config._attn_implementation_internal = _TAPPED
     edits.set_attribute(attention, _TAP, _Tap(attention.config, listener))
     edits.set_attribute(attention, "config", config)
+
+
+def clear_taps(root: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+    """Take this listener's taps off copies of tapped modules, as PEFT makes them, which no record of edits knows."""
+    for module in root.modules():
+        tap = module.__dict__.get(_TAP)
+        if tap is not None and tap.listener is listener:
+            del module.__dict__[_TAP]
+            module.__dict__["config"] = tap.config
 
 
 def refuse_tapped(attentions: Iterable[nn.Module]) -> None:

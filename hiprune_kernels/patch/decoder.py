@@ -2,7 +2,7 @@
 
 The caller, and `generate()`, go on counting in *full coordinates*: attention masks, position ids and input ids have the
 length they would have without pruning. The key-value cache is shorter. A `Plan` on the cache maps one to the other, and
-a pre-hook on the language model translates what comes in; so stock code on both sides stays as it is.
+a forward around the language model's translates what comes in; so stock code on both sides stays as it is.
 
 A row of the pruned batch holds, in order, what was not dropped. Rows with fewer tokens are padded on the left (leading
 padding of the caller's is reused first), so columns counted from the end stay where they were behind the last image.
@@ -10,7 +10,7 @@ padding of the caller's is reused first), so columns counted from the end stay w
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,17 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .edits import Edits
-from .encoders import ENCODED, PATCH, Call, bind, current_call, forward_names, open_call
+from .encoders import (
+    ENCODED,
+    PATCH,
+    Call,
+    bind,
+    current_call,
+    forward_names,
+    has_images,
+    open_call,
+    refuse_if_pruned,
+)
 
 _PLAN = "_hiprune_plan"
 
@@ -116,9 +126,14 @@ class _PlannedCache:
         return _restore_cache, (type(self).stock_class,), self.__dict__
 
 
-@functools.cache
+_PLANNED_CLASSES: dict[type, type] = {}  # no functools.cache, which torch.compile warns of
+
+
 def _planned_class(cache_class: type) -> type:
-    return type(cache_class.__name__, (_PlannedCache, cache_class), {"stock_class": cache_class})
+    if cache_class not in _PLANNED_CLASSES:
+        names = {"stock_class": cache_class}
+        _PLANNED_CLASSES[cache_class] = type(cache_class.__name__, (_PlannedCache, cache_class), names)
+    return _PLANNED_CLASSES[cache_class]
 
 
 def _restore_cache(cache_class: type) -> Any:
@@ -265,10 +280,8 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {**kwargs, "attention_mask": mask, "position_ids": _compact(positions, plan.dropped, plan.multimodal)}
 
 
-def prune_inputs(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Pre-hook of the language model."""
+def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The language model's forward on pruned inputs; the plan rides on the cache that it fills."""
     plan = live_plan(kwargs.get("past_key_values"))
     if plan is None:  # a cache that was reset starts anew, and must not find its old plan again once it is filled
         _forget_plan(kwargs.get("past_key_values"))
@@ -277,15 +290,12 @@ def prune_inputs(
         stateful = call.patch.host._is_stateful  # layers that hold a state instead of keys and values
         kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions, stateful)
         call.plan.rope_deltas = _rope_deltas(call.patch.host, len(call.plan.valid))
-        return args, kwargs
-    return None if plan is None else (args, _translate(plan, kwargs))
-
-
-def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-    """Post-hook of the language model: the plan rides on the cache that this forward filled."""
-    call = current_call("language_model", module)
+    elif plan is not None:
+        kwargs = _translate(plan, kwargs)
+    output = forward(*args, **kwargs)
     if call is not None and call.plan is not None and output.past_key_values is not None:
         _set_plan(output.past_key_values, call.plan)
+    return output
 
 
 # ---------------------------------------------------------------------------------------------------------- generate()
@@ -359,43 +369,41 @@ def _maybe_prepare_encoder_kwargs_for_generation(
     return model_kwargs
 
 
-def _has_images(kwargs: dict[str, Any]) -> bool:
-    """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
-    if ENCODED in (kwargs.get("mm_encoder_outputs") or {}):
-        return True
-    return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
-
-
 def _prefill(
     self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
 ) -> Any:
-    if generation_config.prefill_chunk_size is not None and _has_images(model_kwargs):
-        raise ValueError(
-            "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
-        )
+    """Stock, which cannot cut into chunks what is pruned; what is not pruned goes its way without our record of it."""
+    if generation_config.prefill_chunk_size is not None:
+        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).pop(ENCODED, None)
+        whole = self.base_model.__dict__[PATCH].settings.retention == 1
+        if encoded.prunes if encoded is not None else has_images(model_kwargs) and not whole:
+            raise ValueError(
+                "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
+            )
     return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **kwargs)
 
 
-def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Pre-hook of the model with the head: what counts positions in the unpruned logits cannot be honoured."""
+def head_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The model with the head: what counts positions in the unpruned logits cannot be honoured where tokens go."""
     arguments = bind(forward_names(module), args, kwargs) if args else kwargs
-    if not _has_images(arguments):
-        return
     if not isinstance(arguments.get("logits_to_keep", 0), int):
-        raise ValueError("logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter")
-    if arguments.get("labels") is not None:
-        raise ValueError(
+        message = "logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter"
+    elif arguments.get("labels") is not None:
+        message = (
             "labels: the logits of a pruned forward are shorter than the labels; compute the loss from the logits, "
             "whose columns counted from the end are where they were behind the last image"
         )
+    else:
+        return forward(*args, **kwargs)
+    with refuse_if_pruned(module.base_model, message):
+        return forward(*args, **kwargs)
 
 
 def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
     """Patch the language side of `model` (with the head, or `host` itself)."""
-    edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
-    edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
+    edits.wrap_forward(language_model, language_model_forward)
     if model is not host:
-        edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
+        edits.wrap_forward(model, head_forward)
         for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
             edits.set_method(model, function.__name__, function)
         encode = _maybe_prepare_encoder_kwargs_for_generation

@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 from .. import ops
 from ..budget import ROLE_NAMES, tile_budgets
 from .attention import Attention
-from .edits import Edits
+from .edits import Edits, refuse_replaced
 from .towers import EncoderFamily, Grid
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
@@ -119,6 +119,8 @@ class Patch:
     family: ModelFamily
     host: nn.Module
     towers: list[Tower]
+    connector: nn.Module | None
+    language_model: nn.Module | None
     argument_names: tuple[str, ...]  # of the host's forward
     edits: Edits = field(default_factory=Edits)
     last: list[Selection] = field(default_factory=list)
@@ -134,6 +136,18 @@ class Patch:
             "model: a patched model cannot be pickled (torch.save of the whole model, a process that is spawned); call "
             "remove_hiprune before, or save its state_dict, or use save_pretrained"
         )
+
+    def check_parts(self) -> None:
+        """Raise RuntimeError if a part of the model was replaced, as PEFT does with the modules that it is to save."""
+        family, host = self.family, self.host
+        patched = (*(tower.encoder for tower in self.towers), self.connector, self.language_model)
+        present = (*family.encoders(host), family.connector(host), family.language_model(host))
+        for old, new in zip(patched, present):
+            if old is not new and old is not getattr(new, "_orig_mod", None):  # which torch.compile's wrapper runs
+                raise RuntimeError(
+                    f"model: expected the {type(old).__name__} that was patched, but another module, a "
+                    f"{type(new).__name__}, stands in its place; call apply_hiprune again"
+                )
 
     def tower_of(self, module: nn.Module) -> Tower | None:
         """The tower whose encoder, object attention, feature layer or later layer `module` is."""
@@ -178,6 +192,14 @@ class EncoderRun:
         """Whether sizes alone tell that every tile keeps the same number of tokens, with no -1 among them."""
         return self.filled and len(set(self.budgets)) == 1
 
+    def check_selected(self) -> None:
+        """Raise RuntimeError if nothing was selected where it should have been."""
+        if not self.whole and self.roles is None:
+            raise RuntimeError(
+                f"model: expected layer {self.tower.feature_layer} of {type(self.tower.encoder).__name__} to run as "
+                "patched, but the layer or its forward was replaced; undo that, or call apply_hiprune again"
+            )
+
     def kept(self) -> Tensor:
         """Which placeholders stay, bool; tile by tile: prefix rows that went through the connector, then tokens."""
         kept = self.roles > 0
@@ -210,12 +232,30 @@ class Call:
 
 
 _CALL: ContextVar[Call | None] = ContextVar("hiprune_call", default=None)
+_REFUSALS: ContextVar[tuple[tuple[nn.Module, str], ...]] = ContextVar("hiprune_refusals", default=())
 
 
 def current_call(part: str, module: nn.Module) -> Call | None:
     """The open call, if `module` is this part ("connector" or "language_model") of its host."""
     call = _CALL.get()
-    return call if call is not None and getattr(call.patch.family, part)(call.patch.host) is module else None
+    return call if call is not None and getattr(call.patch, part) is module else None
+
+
+@contextmanager
+def refuse_if_pruned(host: nn.Module, message: str) -> Iterator[None]:
+    """Let a forward of `host` raise ValueError as soon as it is certain that tokens go, and be stock if none do."""
+    token = _REFUSALS.set((*_REFUSALS.get(), (host, message)))
+    try:
+        yield
+    finally:
+        _REFUSALS.reset(token)
+
+
+def _refuse(call: Call) -> None:
+    """Raise ValueError for what was asked of a forward that is going to prune, and cannot be given."""
+    for host, message in _REFUSALS.get():
+        if host is call.patch.host:
+            raise ValueError(message)
 
 
 def _current_run(module: nn.Module) -> EncoderRun | None:
@@ -240,9 +280,16 @@ def forward_names(module: nn.Module) -> tuple[str, ...]:
     return tuple(inspect.signature(type(module).forward).parameters)[1:]
 
 
+def has_images(arguments: dict[str, Any]) -> bool:
+    """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
+    return any(name.startswith("pixel_values") and value is not None for name, value in arguments.items())
+
+
 @contextmanager
 def open_call(call: Call) -> Iterator[None]:
     """Let `call` be the current one."""
+    if has_images(call.arguments):
+        call.patch.check_parts()
     token = _CALL.set(call)
     try:
         yield
@@ -252,14 +299,25 @@ def open_call(call: Call) -> Iterator[None]:
 
 def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward, inside an open call. A wrapper rather than two hooks, so that even an interrupt closes it."""
-    patch: Patch = self.__dict__[PATCH]
+    patch: Patch | None = self.__dict__.get(PATCH)
+    if patch is None:  # taken off since, and called by somebody's forward around this one
+        return type(self).forward(self, *args, **kwargs)
     call = Call(patch, bind(patch.argument_names, args, kwargs))
     encoded = (call.arguments.get("mm_encoder_outputs") or {}).get(ENCODED)
     if encoded is not None:
         call.runs, call.prompts = encoded.runs, encoded.prompts
+        if call.prunes:
+            _refuse(call)
     forward = encoder_forward if any(tower.encoder is self for tower in patch.towers) else type(self).forward
     with open_call(call):
         output = forward(self, *args, **kwargs)
+    if call.prunes and call.plan is None and patch.language_model is not None:
+        raise RuntimeError(
+            f"model: expected {type(patch.language_model).__name__} to run as patched, but its forward was replaced; "
+            "undo that, or call apply_hiprune again"
+        )
+    for run in call.runs:
+        run.check_selected()
     if call.runs:
         patch.last = [selection for run in call.runs for selection in _selections(run)]
     if not call.prunes or encoded is not None:  # `generate` reads no features
@@ -311,11 +369,12 @@ def _begin_run(call: Call, tower: Tower, arguments: dict[str, Any]) -> EncoderRu
         run.budgets += tile_budgets(shared, budget=settings.budget, retention=settings.retention)
         tile += count
     if run.budgets == sizes:  # nothing is selected, so every token counts as a register
-        device = next(tower.encoder.parameters()).device
+        device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         run.whole = True
         run.indices = torch.arange(sum(sizes), device=device)
         run.roles = torch.full((sum(sizes),), _REGISTER, dtype=torch.uint8, device=device)
         return run
+    _refuse(call)
     if patch.host.training:
         raise ValueError("model: pruning is for inference, but the model is in training mode; call model.eval() first")
     if call.arguments.get("output_attentions") or getattr(patch.host.config, "output_attentions", False):
@@ -389,6 +448,12 @@ def token_scores(run: EncoderRun, settings: Settings, scores: Tensor) -> Tensor:
 
 def select(run: EncoderRun, settings: Settings) -> None:
     """Algorithm 1 on a run's scores: sets `indices` and `roles`."""
+    if run.object_scores is None:
+        raise RuntimeError(
+            f"model: expected scores of layer {run.tower.object_layer} of {type(run.tower.encoder).__name__}, but its "
+            "attention was replaced by one that hiprune_kernels cannot listen to; undo that, or choose another "
+            "object_layer"
+        )
     device = run.deep_scores.device
     run.indices, run.roles = ops.select_tokens_varlen(
         run.object_scores.to(device),
@@ -454,13 +519,41 @@ def gather_rows(hidden_states: Tensor, rows: Tensor) -> Tensor:
     return hidden_states.gather(1, rows[..., None].expand(-1, -1, hidden_states.shape[-1]))
 
 
+def refuse_bypassed(layer: nn.Module, family: EncoderFamily) -> None:
+    """Raise ValueError if somebody changed a module whose own forward the feature layer goes round: its attention.
+
+    Everything else in the layer is called as a module.
+    """
+    module = layer
+    for name in family.attention.split("."):
+        owner, module = module, getattr(module, name)
+        if not type(module).__module__.startswith("transformers."):
+            raise ValueError(
+                f"model: expected transformers' own module as `{name}` of {type(owner).__name__}, as hiprune_kernels "
+                f"computes what it does by itself, got {type(module).__name__}"
+            )
+        refuse_replaced(module, "forward")
+        backward = module._backward_hooks or module._backward_pre_hooks
+        if backward or module._forward_pre_hooks or any(map(_foreign, module._forward_hooks.values())):
+            raise ValueError(
+                f"model: expected no hooks on {type(module).__name__}, as hiprune_kernels computes what it does by "
+                "itself and would not call them; remove them first, or hook a module within it"
+            )
+
+
+def _foreign(hook: Callable[..., Any]) -> bool:
+    """Whether a forward hook is not one of those with which transformers collects attention maps."""
+    return not (getattr(hook, "__module__", None) or "").startswith("transformers.")
+
+
 def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The feature layer: all rows in; in a run, only the selected ones out."""
     run = _current_run(self)
     if run is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
     family, settings = run.tower.family, _CALL.get().patch.settings
-    attention = family.project(self, hidden_states, *args, **kwargs)
+    refuse_bypassed(self, family)
+    attention = family.project(self, hidden_states, *args, **kwargs).autocast()
     run.deep_scores = token_scores(run, settings, attention.column_scores(settings.score_queries))
     if run.tower.object_layer == run.tower.feature_layer:
         run.object_scores = run.deep_scores
@@ -485,25 +578,26 @@ def skipped_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
 # -------------------------------------------------------------------------------------------------------- the connector
 
 
-def connector_forward(self: nn.Module, features: Tensor) -> Tensor:
+def connector_forward(module: nn.Module, forward: Callable[..., Tensor], features: Tensor) -> Tensor:
     """Features to the language model's space; in a run, for the kept tokens, spread over the places of all of them."""
-    call = current_call("connector", self)
+    call = current_call("connector", module)
     run = call.runs[-1] if call is not None and call.runs else None
     if run is None:
-        return type(self).forward(self, features)
+        return forward(features)
+    run.check_selected()
     family = run.tower.family
     if run.whole or run.pool is not None:
-        projected = type(self).forward(self, features)
+        projected = forward(features)
         run.connector_prefix = 0 if family.packed else projected.shape[1] - run.sizes[0]
         return projected
     if family.packed:
-        projected = type(self).forward(self, features)
+        projected = forward(features)
         places = _packed_units(run)
         return projected.new_zeros(len(run.unit_rows), projected.shape[-1]).index_copy(0, places, projected)
     tokens = _tile_indices(run)
     if family.full_shape:
         features = gather_rows(features, tokens.clamp(min=0).to(features.device))
-    projected = type(self).forward(self, features)
+    projected = forward(features)
     run.connector_prefix = prefix = projected.shape[1] - tokens.shape[1]
     length = prefix + run.sizes[0]
     places = tokens if run.even else torch.where(tokens < 0, run.sizes[0], tokens)  # fill goes to a row behind the last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,19 +25,26 @@ def _check(host: nn.Module) -> None:
 def _check_call(call: Call) -> None:
     if rows_before_grid(call) != 0:
         raise ValueError('vision_feature_select_strategy: expected "default", as CLS has no place in the grid')
-
-
-def _layout(call: Call, run: EncoderRun) -> None:
-    """Tokens are squares of patches. Stock code takes the grid of patches for a square one, whatever the image is."""
-    side = round(1 / call.patch.host.config.downsample_ratio)
-    height, width = run.grids[0]
+    tower, side = call.patch.towers[0], _side(call)
+    height, width = tower.family.grids(tower.config, call.arguments)[0]
     if height != width or height % side:
         raise ValueError(
             f"pixel_values: expected square tiles of a multiple of {side} patches, got tiles of {height} by {width}"
         )
-    squares = torch.arange(height * width).view(height // side, side, width // side, side)
+
+
+def _side(call: Call) -> int:
+    """Tokens are squares of so many patches a side."""
+    return round(1 / call.patch.host.config.downsample_ratio)
+
+
+def _layout(call: Call, run: EncoderRun) -> None:
+    """Stock code takes the grid of patches for a square one, whatever the image is."""
+    side = _side(call)
+    length = math.isqrt(math.prod(run.grids[0])) // side
+    squares = torch.arange((length * side) ** 2).view(length, side, length, side)
     run.unit_rows = squares.transpose(1, 2).reshape(-1, side**2)
-    run.grids = [(height // side, width // side)] * len(run.grids)
+    run.grids = [(length, length)] * len(run.grids)
 
 
 def _finish(call: Call, output: Any) -> Any:

@@ -62,15 +62,16 @@ class _Recorder:
 
 @dataclass
 class _SizesReader:
-    """Pre-hook of a packed encoder: only its arguments tell where the patches of its images are."""
+    """Around the forward of a packed encoder: only its arguments tell where the patches of its images are."""
 
     recording: _Recording
     family: EncoderFamily
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.recording.active:
             arguments = bind(forward_names(module), args, kwargs)
             self.recording.raster_rows = _raster_rows(self.family, module.config, arguments)
+        return forward(*args, **kwargs)
 
 
 def _raster_rows(family: EncoderFamily, config: Any, arguments: dict[str, Any]) -> Tensor:
@@ -136,7 +137,7 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
     token = _RECORDING.set((*_RECORDING.get(), recording))
     try:
         if family.packed:
-            edits.add_hook(inner.register_forward_pre_hook(_SizesReader(recording, family), with_kwargs=True))
+            edits.wrap_forward(inner, _SizesReader(recording, family))
         for layer in recording.scores:
             tap_attention(edits, attentions[layer - 1], _Recorder(recording, layer))
         yield recording.scores

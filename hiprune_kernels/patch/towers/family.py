@@ -57,7 +57,13 @@ def image_grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
     return [(height // patch_height, width // patch_width)] * len(pixel_values)
 
 
-def finish_layer(layer: nn.Module, states: Tensor, attended: Tensor, *, output: str, norm: str) -> Tensor:
-    """`EncoderFamily.finish` of a pre-norm layer: `output` is the path of its attention's output projection."""
-    states = states + layer.get_submodule(output)(attended)
-    return states + layer.mlp(getattr(layer, norm)(states))
+def finish_layer(
+    layer: nn.Module, states: Tensor, attended: Tensor, *, output: str, norm: str, drop: str = ""
+) -> Tensor:
+    """`EncoderFamily.finish` of a pre-norm layer: `output` is the path of its attention's output projection.
+
+    `drop` names its dropout, which does nothing in a pruned forward, but somebody may have hooked it.
+    """
+    attended, dropped = layer.get_submodule(output)(attended), getattr(layer, drop) if drop else nn.Identity()
+    states = states + dropped(attended)
+    return states + dropped(layer.mlp(getattr(layer, norm)(states)))

@@ -46,7 +46,7 @@ _VIT = EncoderFamily(
     layers="layers",
     attention="attention",
     project=partial(_plain_project, path="attention", norm="layernorm_before", scale="scaling"),
-    finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after"),
+    finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after", drop="dropout"),
     grids=image_grids,
     num_prefix_tokens=lambda config: 1,
     stock_sources={"": ("33a0d8fea42bee15",), "attention": ("54ffa42620ce6e40",)},
@@ -56,8 +56,8 @@ _VIT = EncoderFamily(
 
 
 def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    states = states + layer.layer_scale1(layer.attention.o_proj(attended))
-    return states + layer.layer_scale2(layer.mlp(layer.norm2(states)))
+    states = states + layer.drop_path(layer.layer_scale1(layer.attention.o_proj(attended)))
+    return states + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(states))))
 
 
 _DINO = EncoderFamily(
@@ -79,8 +79,8 @@ def _dino_project_before_518(layer: nn.Module, hidden_states: Tensor) -> Attenti
 
 
 def _dino_finish_before_518(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    states = states + layer.layer_scale1(layer.attention.output(attended, states))
-    return states + layer.layer_scale2(layer.mlp(layer.norm2(states)))
+    states = states + layer.drop_path(layer.layer_scale1(layer.attention.output(attended, states)))
+    return states + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(states))))
 
 
 if hasattr(modeling_dinov2, "Dinov2SelfAttention"):  # transformers before 5.18
@@ -129,8 +129,9 @@ def _intern_project(layer: nn.Module, hidden_states: Tensor) -> Attention:
 
 
 def _intern_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
-    states = states + layer.lambda_1 * layer.attention.projection_layer(attended)
-    return states + layer.lambda_2 * layer.mlp(layer.layernorm_after(states))
+    attention = layer.attention
+    states = states + layer.lambda_1 * attention.projection_dropout(attention.projection_layer(attended))
+    return states + layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(states)))
 
 
 # config.model_type of the vision encoder -> family
@@ -162,7 +163,7 @@ FAMILIES = {
         not_in=("VJEPA2Predictor",),
         attention="attention",
         project=_jepa_project,
-        finish=partial(finish_layer, output="attention.proj", norm="norm2"),
+        finish=partial(finish_layer, output="attention.proj", norm="norm2", drop="drop_path"),
         grids=_video_grids,
         returns_tuple=True,
         stock_sources={"": ("d19a8e5f7ae0edfc",), "attention": ("ea82d862af8aa333",)},
