@@ -557,3 +557,12 @@ def test_unknown_stock_source_warns(model, monkeypatch, recwarn):
         with pytest.warns(UserWarning, match="computes .*forward by itself .* never compared with ours"):
             apply_hiprune(model, budget=10)
     assert towers.source_digest(len) == ""
+
+
+def test_nothing_deprecated_is_used_unseen():
+    """Of what transformers logs, `conftest.no_deprecations_of_ours` lets the tests fail where we are the cause."""
+    log = "import logging; logging.getLogger('transformers.any').warning('`old` is deprecated')"
+    with pytest.raises(DeprecationWarning, match="`old` is deprecated"):
+        exec(log, {"__name__": "hiprune_kernels.patch.any"})
+    exec(log, {"__name__": "somebody_elses"})
+    exec(log.replace("deprecated", "new"), {"__name__": "hiprune_kernels.patch.any"})

@@ -11,6 +11,7 @@ padding of the caller's is reused first), so columns counted from the end stay w
 from __future__ import annotations
 
 import functools
+import inspect
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from .edits import Edits
 from .encoders import ENCODED, PATCH, Call, bind, current_call, forward_names, open_call
 
 _PLAN = "_hiprune_plan"
+# What transformers calls the cache, as an argument and in outputs: "past_key_values" until 5.23.
+CACHE = "cache" if "cache" in inspect.signature(stock_create_masks_for_generate).parameters else "past_key_values"
 
 
 @dataclass
@@ -46,9 +49,7 @@ class Plan:
     def check_batch(self, batch: int) -> None:
         """Raise ValueError if inputs have another number of rows."""
         if batch != len(self.valid):
-            raise ValueError(
-                f"past_key_values: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows"
-            )
+            raise ValueError(f"{CACHE}: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows")
 
     def cache_mask(self, mask: Any, seen: int, new: int) -> Any:
         """The caller's mask in cache coordinates, for `seen` slots in the cache and `new` tokens behind them.
@@ -84,6 +85,11 @@ class Plan:
         if mask is None:
             return torch.arange(seen + self.gone, seen + self.gone + new, device=self.dropped.device)[None]
         return (mask.long().cumsum(dim=1) - 1)[:, -new:] + self.dropped.to(mask.device)
+
+
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache among arguments by name; callers may use the older one."""
+    return arguments.get(CACHE, arguments.get("past_key_values"))
 
 
 def _seen(cache: Any) -> int:
@@ -180,7 +186,7 @@ def _prune(
     batch, length = keep.shape
     device = embeds.device
     keep = keep.to(device)
-    seen = _seen(kwargs.get("past_key_values"))
+    seen = _seen(cache_of(kwargs))
     if plan is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
         plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal)
@@ -197,7 +203,7 @@ def _prune(
     valid = ~removable.gather(1, index)
     if stateful and seen > 0 and not bool(valid.all()):
         raise ValueError(
-            "past_key_values: linear attention takes no padding behind what is cached, so rows of a later turn must "
+            f"{CACHE}: linear attention takes no padding behind what is cached, so rows of a later turn must "
             f"all keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
         )
 
@@ -256,7 +262,7 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
     batch, new = _new_tokens(kwargs).shape[:2]
     plan.check_batch(batch)
-    seen = _seen(kwargs["past_key_values"])
+    seen = _seen(cache_of(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None:
         start = seen + plan.gone
@@ -269,9 +275,10 @@ def prune_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """Pre-hook of the language model."""
-    plan = live_plan(kwargs.get("past_key_values"))
+    cache = cache_of(kwargs)
+    plan = live_plan(cache)
     if plan is None:  # a cache that was reset starts anew, and must not find its old plan again once it is filled
-        _forget_plan(kwargs.get("past_key_values"))
+        _forget_plan(cache)
     call = current_call("language_model", module)
     if call is not None and call.prunes:
         stateful = call.patch.host._is_stateful  # layers that hold a state instead of keys and values
@@ -284,8 +291,9 @@ def prune_inputs(
 def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Post-hook of the language model: the plan rides on the cache that this forward filled."""
     call = current_call("language_model", module)
-    if call is not None and call.plan is not None and output.past_key_values is not None:
-        _set_plan(output.past_key_values, call.plan)
+    cache = output.get(CACHE)
+    if call is not None and call.plan is not None and cache is not None:
+        _set_plan(cache, call.plan)
 
 
 # ---------------------------------------------------------------------------------------------------------- generate()
@@ -295,24 +303,21 @@ def prepare_inputs_for_generation(
     self: nn.Module,
     input_ids: Tensor,
     next_sequence_length: int | None = None,
-    past_key_values: Any = None,
-    attention_mask: Any = None,
-    inputs_embeds: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,  # named, as `generate` looks for the name
     is_first_iteration: bool | None = False,
     **kwargs: Any,
 ) -> dict[str, Any]:
     """Stock, but `generate` takes a cache's length off the full one when it continues from a cache: set that right."""
-    plan = live_plan(past_key_values)
+    cache = cache_of(kwargs)
+    plan = live_plan(cache)
     if plan is not None and next_sequence_length is not None:
         prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
-        if next_sequence_length == prompt.shape[1] - _seen(past_key_values):
+        if next_sequence_length == prompt.shape[1] - _seen(cache):
             next_sequence_length -= plan.gone
     return type(self).prepare_inputs_for_generation(
         self,
         input_ids,
         next_sequence_length=next_sequence_length,
-        past_key_values=past_key_values,
-        attention_mask=attention_mask,
         inputs_embeds=inputs_embeds,
         is_first_iteration=is_first_iteration,
         **kwargs,
@@ -324,22 +329,18 @@ def create_masks_for_generate(
     config: Any,
     inputs_embeds: Tensor,
     attention_mask: Any,
-    past_key_values: Any,
     is_first_iteration: bool | None = False,
     **kwargs: Any,
 ) -> Any:
     """Static caches get their 4-D mask before the forward: not yet for a prefill, and in cache coordinates later."""
     if is_first_iteration:
         return attention_mask
-    plan = live_plan(past_key_values)
+    cache = cache_of(kwargs)
+    plan = live_plan(cache)
     if plan is not None:
-        attention_mask = plan.cache_mask(attention_mask, _seen(past_key_values), inputs_embeds.shape[1])
+        attention_mask = plan.cache_mask(attention_mask, _seen(cache), inputs_embeds.shape[1])
     return stock_create_masks_for_generate(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        **kwargs,
+        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
     )
 
 

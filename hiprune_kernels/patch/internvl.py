@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
 from .encoders import Call, EncoderRun, ModelFamily
-from .llava import TEXT_MODELS, finish_llava, llava_host, rows_before_grid, vision_feature_layer
+from .llava import TEXT_MODELS, llava_host, rows_before_grid, vision_feature_layer
 
 _TEXT_MODELS = (*TEXT_MODELS, "qwen3")
 
@@ -39,15 +37,6 @@ def _layout(call: Call, run: EncoderRun) -> None:
     run.grids = [(height // side, width // side)] * len(run.grids)
 
 
-def _finish(call: Call, output: Any) -> Any:
-    """`image_hidden_states` keep the rows that the language model saw only: [tiles, budget, C]."""
-    output, tiles = finish_llava(call, output), len(call.runs[0].grids)
-    if isinstance(output, tuple):
-        return (*output[:-1], output[-1].unflatten(0, (tiles, -1)))
-    output.image_hidden_states = output.image_hidden_states.unflatten(0, (tiles, -1))
-    return output
-
-
 FAMILIES = {
     "internvl": ModelFamily(
         name="InternVL (InternVLForConditionalGeneration)",
@@ -59,7 +48,6 @@ FAMILIES = {
         layout=_layout,
         connector=lambda host: host.multi_modal_projector,
         language_model=lambda host: host.language_model,
-        finish=_finish,
         budget_per="tile",
         notes="an image's tiles and a video's frames count as images of their own",
     ),

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .decoder import live_plan
+from .decoder import CACHE, cache_of, live_plan
 from .edits import Edits
 from .encoders import ModelFamily
 from .llava import llava_host
@@ -25,13 +25,14 @@ def _check(host: nn.Module) -> None:
 
 def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
     """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
-    plan = live_plan(kwargs["past_key_values"])
+    cache = cache_of(kwargs)
+    plan = live_plan(cache)
     if plan is None or plan.rope_deltas is None:
         return type(self).compute_3d_position_ids(self, **kwargs)
     embeds = kwargs["inputs_embeds"]
     batch, new = embeds.shape[:2]
     plan.check_batch(batch)
-    text = plan.text_positions(kwargs["attention_mask"], kwargs["past_key_values"].get_seq_length(), new)
+    text = plan.text_positions(kwargs["attention_mask"], cache.get_seq_length(), new)
     return (text.to(embeds.device) + plan.rope_deltas.to(embeds.device)).expand(3, batch, new)
 
 
@@ -49,10 +50,10 @@ def _prepare_position_ids_for_generation(
     self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
 ) -> Tensor:
     """Stock, which looks behind what is cached for new images, and is to count the pruned tokens as cached."""
-    cache = model_kwargs.get("past_key_values")
+    cache = cache_of(model_kwargs)
     plan = live_plan(cache)
     if plan is not None:
-        model_kwargs = {**model_kwargs, "past_key_values": _FullLength(cache.get_seq_length() + plan.gone)}
+        model_kwargs = {**model_kwargs, CACHE: _FullLength(cache.get_seq_length() + plan.gone)}
     return type(self)._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
 
 
