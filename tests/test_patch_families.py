@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import IMAGE_TOKEN, VLM_CASES
 from patch_reference import one_thread, seen_features  # noqa: F401
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 
-from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, is_patched, last_selection, remove_hiprune
+from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, generate, is_patched, last_selection, remove_hiprune
 
 SHARE = 0.3
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -283,6 +284,20 @@ def test_beams_share_one_run_of_the_encoder(case):
     once = runs.copy()
     assert tokens(model, inputs, num_beams=3).shape == expected.shape
     assert runs == once + once and once
+
+
+@encodes_ahead
+def test_releases_whose_beams_mix_images_up(case, monkeypatch):
+    """Everything else works there."""
+    stock, inputs, _, expected = case
+    monkeypatch.setattr(generate, "BEAMS_MIX_IMAGES", (transformers.__version__,))
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    assert torch.equal(tokens(model, inputs), expected)
+    for options in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with pytest.raises(ValueError, match="num_beams: transformers .* mixes up the images of repeated prompts"):
+            tokens(model, inputs, **options)
+    text = {"input_ids": inputs["input_ids"][:, -4:]}
+    assert tokens(model, text, num_beams=2).shape == expected.shape
 
 
 def test_attention_maps_of_generate_are_refused(case):

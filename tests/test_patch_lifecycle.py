@@ -14,6 +14,7 @@ from patch_reference import one_thread  # noqa: F401
 from transformers import (
     CLIPVisionModel,
     GemmaConfig,
+    GenerationMixin,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     ViTConfig,
@@ -149,11 +150,13 @@ def test_a_failed_apply_leaves_the_model_as_it_was(stock, model, monkeypatch, be
     stock_forward = type(last).forward
     calls = []
 
-    def failing(self, module, name, function, original=encoders.Edits.set_method):
+    original = encoders.Edits.set_method
+
+    def failing(self, module, name, function, **options):
         calls.append(name)
         if len(calls) == 5:  # host, feature layer, skipped layer, projector, then the first generation method
             raise RuntimeError("half way")
-        original(self, module, name, function)
+        original(self, module, name, function, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(encoders.Edits, "set_method", failing)
@@ -566,3 +569,22 @@ def test_nothing_deprecated_is_used_unseen():
         exec(log, {"__name__": "hiprune_kernels.patch.any"})
     exec(log, {"__name__": "somebody_elses"})
     exec(log.replace("deprecated", "new"), {"__name__": "hiprune_kernels.patch.any"})
+
+
+def test_a_method_that_the_class_lacks(model, monkeypatch):
+    """Renamed by transformers, ours would never be called."""
+    before = fingerprint(model)
+    monkeypatch.setattr(GenerationMixin, "_prefill_of_another_name", GenerationMixin._prefill, raising=False)
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    with pytest.raises(ValueError, match="model: expected a LlavaForConditionalGeneration with a method `_prefill`"):
+        apply_hiprune(model, budget=10)
+    assert_untouched(model, before)
+
+
+def test_a_method_that_older_releases_lack(stock, monkeypatch, pruned_logits):
+    for name in ("_maybe_prepare_encoder_kwargs_for_generation", "_expand_multimodal_outputs"):
+        monkeypatch.delattr(GenerationMixin, name, raising=False)
+    model = apply_hiprune(copy.deepcopy(stock), budget=10)
+    assert torch.equal(run(model), pruned_logits)
+    remove_hiprune(model)
+    assert torch.equal(run(model), run(stock))

@@ -28,6 +28,7 @@ from .encoders import (
     object_listener,
     skipped_layer_forward,
 )
+from .generate import install_generation
 from .recording import LayerScores, record_scores
 from .towers import ENCODERS, find_encoder, warn_unknown_sources
 
@@ -186,7 +187,7 @@ def _install(patch: Patch, model: nn.Module) -> None:
             edits.set_method(connector, "forward", connector_forward)
         if language_model is not None:
             install_decoder(edits, model, host, language_model)
-        patch.family.install(edits, model, host)
+            install_generation(edits, model, host, patch.family)
     except BaseException:
         edits.undo()
         raise

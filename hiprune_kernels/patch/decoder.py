@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .edits import Edits
-from .encoders import ENCODED, PATCH, Call, bind, current_call, forward_names, open_call
+from .encoders import ENCODED, Call, bind, current_call, forward_names
 
 _PLAN = "_hiprune_plan"
 # What transformers calls the cache, as an argument and in outputs: "past_key_values" until 5.23.
@@ -92,7 +92,7 @@ def cache_of(arguments: dict[str, Any]) -> Any:
     return arguments.get(CACHE, arguments.get("past_key_values"))
 
 
-def _seen(cache: Any) -> int:
+def cached_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
@@ -147,7 +147,7 @@ def _forget_plan(cache: Any) -> None:
 def live_plan(cache: Any) -> Plan | None:
     """The plan of a cache; none if it was never pruned, or was reset since."""
     plan = getattr(cache, _PLAN, None)
-    return plan if plan is not None and _seen(cache) > 0 else None
+    return plan if plan is not None and cached_length(cache) > 0 else None
 
 
 def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
@@ -186,7 +186,7 @@ def _prune(
     batch, length = keep.shape
     device = embeds.device
     keep = keep.to(device)
-    seen = _seen(cache_of(kwargs))
+    seen = cached_length(cache_of(kwargs))
     if plan is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
         plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal)
@@ -262,7 +262,7 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
     batch, new = _new_tokens(kwargs).shape[:2]
     plan.check_batch(batch)
-    seen = _seen(cache_of(kwargs))
+    seen = cached_length(cache_of(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None:
         start = seen + plan.gone
@@ -296,91 +296,17 @@ def attach_plan(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         _set_plan(cache, call.plan)
 
 
-# ---------------------------------------------------------------------------------------------------------- generate()
-
-
-def prepare_inputs_for_generation(
-    self: nn.Module,
-    input_ids: Tensor,
-    next_sequence_length: int | None = None,
-    inputs_embeds: Tensor | None = None,  # named, as `generate` looks for the name
-    is_first_iteration: bool | None = False,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Stock, but `generate` takes a cache's length off the full one when it continues from a cache: set that right."""
-    cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is not None and next_sequence_length is not None:
-        prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
-        if next_sequence_length == prompt.shape[1] - _seen(cache):
-            next_sequence_length -= plan.gone
-    return type(self).prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=next_sequence_length,
-        inputs_embeds=inputs_embeds,
-        is_first_iteration=is_first_iteration,
-        **kwargs,
-    )
-
-
-def create_masks_for_generate(
-    self: nn.Module,
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Any,
-    is_first_iteration: bool | None = False,
-    **kwargs: Any,
-) -> Any:
-    """Static caches get their 4-D mask before the forward: not yet for a prefill, and in cache coordinates later."""
-    if is_first_iteration:
-        return attention_mask
-    cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is not None:
-        attention_mask = plan.cache_mask(attention_mask, _seen(cache), inputs_embeds.shape[1])
-    return stock_create_masks_for_generate(
-        config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
-    )
-
-
-def _maybe_prepare_encoder_kwargs_for_generation(
-    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Stock from transformers 5.18 on: images are encoded ahead of the prefill, once for all beams.
-
-    What was selected in them travels with their features to the forward that prunes.
-    """
-    call = Call(self.base_model.__dict__[PATCH], dict(model_kwargs), prompts=len(inputs_tensor))
-    with open_call(call):
-        encode = type(self)._maybe_prepare_encoder_kwargs_for_generation
-        model_kwargs = encode(self, inputs_tensor, model_kwargs, *args, **kwargs)
-    if call.runs:
-        model_kwargs["mm_encoder_outputs"][ENCODED] = call
-    return model_kwargs
-
-
-def _has_images(kwargs: dict[str, Any]) -> bool:
+def has_images(kwargs: dict[str, Any]) -> bool:
     """Images or videos: models name them pixel_values, pixel_values_images and pixel_values_videos."""
     if ENCODED in (kwargs.get("mm_encoder_outputs") or {}):
         return True
     return any(name.startswith("pixel_values") and value is not None for name, value in kwargs.items())
 
 
-def _prefill(
-    self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
-) -> Any:
-    if generation_config.prefill_chunk_size is not None and _has_images(model_kwargs):
-        raise ValueError(
-            "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
-        )
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **kwargs)
-
-
 def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Pre-hook of the model with the head: what counts positions in the unpruned logits cannot be honoured."""
     arguments = bind(forward_names(module), args, kwargs) if args else kwargs
-    if not _has_images(arguments):
+    if not has_images(arguments):
         return
     if not isinstance(arguments.get("logits_to_keep", 0), int):
         raise ValueError("logits_to_keep: expected an int, counted from the end, as the pruned logits are shorter")
@@ -392,13 +318,8 @@ def refuse_full_positions(module: nn.Module, args: tuple[Any, ...], kwargs: dict
 
 
 def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
-    """Patch the language side of `model` (with the head, or `host` itself)."""
+    """Patch the language side of `model` (with the head, or `host` itself), but for `generate`."""
     edits.add_hook(language_model.register_forward_pre_hook(prune_inputs, with_kwargs=True))
     edits.add_hook(language_model.register_forward_hook(attach_plan, with_kwargs=True))
     if model is not host:
         edits.add_hook(model.register_forward_pre_hook(refuse_full_positions, with_kwargs=True))
-        for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
-            edits.set_method(model, function.__name__, function)
-        encode = _maybe_prepare_encoder_kwargs_for_generation
-        if hasattr(model, encode.__name__):
-            edits.set_method(model, encode.__name__, encode)

@@ -9,6 +9,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -25,17 +26,26 @@ class Edits:
         self._attributes: list[tuple[nn.Module, str, bool, Any]] = []
         self._hooks: list[RemovableHandle] = []
 
-    def set_method(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def set_method(
+        self, module: nn.Module, name: str, function: Callable[..., Any], *, may_be_missing: bool = False
+    ) -> None:
         """Let `module.name` be `function`, for this instance only.
 
         Accelerate keeps the forward that its own hook wraps in `_old_forward`; there ours goes where a hook is present.
 
         Raises:
-            ValueError: if the method of this instance was already replaced by something else.
+            ValueError: if the class has no such method, so that ours would never be called, unless it `may_be_missing`;
+                or if the method of this instance was already replaced by something else.
         """
+        stock = getattr(type(module), name, None)
+        if stock is None and not may_be_missing:
+            raise ValueError(
+                f"model: expected a {type(module).__name__} with a method `{name}`, which it has not in transformers "
+                f"{transformers.__version__}"
+            )
         slot = "_old_forward" if name == "forward" and hasattr(module, "_hf_hook") else name
         present = module.__dict__.get(slot)
-        if present is not None and getattr(present, "__func__", None) is not getattr(type(module), name):
+        if present is not None and getattr(present, "__func__", None) is not stock:
             raise ValueError(
                 f"model: expected the stock `{name}` on {type(module).__name__}, but this instance carries a "
                 f"replacement ({present!r}); remove it first"

@@ -81,7 +81,6 @@ class ModelFamily:
     # those, `grids`)
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
     video_token: Callable[[Call], int] = lambda call: call.patch.host.config.video_token_id  # placeholders of videos
     multimodal_positions: bool = False  # M-RoPE: position ids of the language model tell places in images
     has_unpad: bool = False  # takes the option `unpad`
