@@ -30,7 +30,6 @@ from hiprune_kernels.patch import (
     last_selection,
     record_scores,
     remove_hiprune,
-    towers,
 )
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "suppress_tokens": [IMAGE_TOKEN]}
@@ -544,22 +543,6 @@ def test_an_encoder_refuses_too():
     encoder.train()
     with pytest.raises(ValueError, match="training mode"):
         encoder(images(1))
-
-
-def test_unknown_stock_source_warns(model, monkeypatch, recwarn):
-    apply_hiprune(model, budget=10)
-    assert not [w for w in recwarn if "transformers" in str(w.message)]
-    remove_hiprune(model)
-    attention = type(model.model.vision_tower.encoder.layers[0].self_attn)
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        raise NotImplementedError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(attention, "forward", forward)
-        with pytest.warns(UserWarning, match="computes .*forward by itself .* never compared with ours"):
-            apply_hiprune(model, budget=10)
-    assert towers.source_digest(len) == ""
 
 
 def test_nothing_deprecated_is_used_unseen():

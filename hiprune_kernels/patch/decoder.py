@@ -96,6 +96,9 @@ def cached_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
+CACHE_METHODS = ("get_seq_length", "reorder_cache", "batch_select_indices", "batch_repeat_interleave")
+
+
 class _PlannedCache:
     """What a cache with a plan has before its own class: methods that rearrange the plan's rows with the cache's.
 

@@ -18,8 +18,14 @@ from .decoder import CACHE, cache_of, cached_length, has_images, live_plan
 from .edits import Edits
 from .encoders import ENCODED, PATCH, Call, ModelFamily, open_call
 
-# In these releases beams, and several answers to one prompt, see other prompts' images: a fault of transformers' own.
-BEAMS_MIX_IMAGES = ("5.18.0", "5.19.0")
+# Releases that repeat prompts with images wrongly, for beams and for several answers: a fault of transformers' own, in
+# models whose types begin so.
+_WRONG_BEAMS = {"5.18.0": ("",), "5.19.0": ("qwen3_5",), "5.20.0": ("qwen3_5",), "5.20.1": ("qwen3_5",)}
+
+
+def wrong_beams(model_type: str) -> bool:
+    """Whether beams are wrong under the installed transformers, pruned or not."""
+    return model_type.startswith(_WRONG_BEAMS.get(transformers.__version__, ()))
 
 
 def prepare_inputs_for_generation(
@@ -101,10 +107,10 @@ def _expand_multimodal_outputs(
 ) -> dict[str, Any]:
     """transformers' own for all models: GLM's repeats image by image, but in the beams prompts follow one another."""
     call = mm_encoder_output.get(ENCODED)
-    if call is not None and call.prunes and expand_size > 1 and transformers.__version__ in BEAMS_MIX_IMAGES:
+    if call is not None and call.prunes and expand_size > 1 and wrong_beams(self.config.model_type):
         raise ValueError(
-            f"num_beams: transformers {transformers.__version__} mixes up the images of repeated prompts; install "
-            "another release, or leave num_beams and num_return_sequences at 1"
+            f"num_beams: the beams of transformers {transformers.__version__} itself are wrong for a "
+            f"{type(self).__name__} with images; install another, or leave num_beams and num_return_sequences at 1"
         )
     return GenerationMixin._expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size, **kwargs)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from . import llava
 from .encoders import Call, EncoderRun, ModelFamily
-from .llava import TEXT_MODELS, llava_host, rows_before_grid, vision_feature_layer
+from .llava import llava_host, rows_before_grid, vision_feature_layer
 
-_TEXT_MODELS = (*TEXT_MODELS, "qwen3")
+TEXT_MODELS = (*llava.TEXT_MODELS, "qwen3")
 
 
 def _check(host: nn.Module) -> None:
     vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
     if vision != "internvl_vision":
         raise ValueError(f"model: expected a vision tower of type internvl_vision, got {vision!r}")
-    if text not in _TEXT_MODELS:
-        raise ValueError(f"model: expected a text model of type {', '.join(_TEXT_MODELS)}, got {text!r}")
+    if text not in TEXT_MODELS:
+        raise ValueError(f"model: expected a text model of type {', '.join(TEXT_MODELS)}, got {text!r}")
 
 
 def _check_call(call: Call) -> None:
