@@ -199,6 +199,40 @@ def test_harmless_changes(monkeypatch, recwarn):
         hk.apply_hiprune(model, retention=0.2)
 
 
+def test_a_layer_of_somebody_s_own():
+    """A tiny model has none, so it tells nothing."""
+
+    class Mine(CLIPEncoderLayer):
+        def forward(self, hidden_states, attention_mask=None, **kwargs):
+            return super().forward(hidden_states, attention_mask, **kwargs) + 1
+
+    model, _ = tiny.build("llava")
+    for layer in model.model.vision_tower.encoder.layers:
+        layer.__class__ = Mine
+    with pytest.warns(UserWarning, match="cannot check it, as a tiny llava has no test_patch_selfcheck.*Mine.forward"):
+        hk.apply_hiprune(model, retention=0.5)
+
+
+def test_wrappers_of_whole_parts(recwarn):
+    """They call what they wrap, which is as known as without them."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, features):
+            return self.inner(features)
+
+    model, inputs = tiny.build("llava")
+    with torch.no_grad():
+        expected = hk.apply_hiprune(model, retention=0.5)(**inputs).logits
+        hk.remove_hiprune(model)
+        model.model.multi_modal_projector = Wrapper(model.model.multi_modal_projector)
+        assert torch.equal(hk.apply_hiprune(model, retention=0.5)(**inputs).logits, expected)
+    assert not [warning for warning in recwarn if "hiprune" in str(warning.message)]
+
+
 def test_a_method_of_another_name(monkeypatch):
     monkeypatch.delattr(GenerationMixin, "_prefill")
     verdict = hk.check_model("llava")

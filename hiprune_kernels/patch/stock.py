@@ -36,27 +36,25 @@ def unknown(patch: Patch, model: nn.Module) -> list[str]:
 
 def _functions(patch: Patch, model: nn.Module) -> Iterator[Callable[..., Any]]:
     host, family = patch.host, patch.family
+    connector, language_model = family.connector(host), family.language_model(host)
+    called = [(module, "forward") for module in (*(tower.encoder for tower in patch.towers), host, connector)]
     for tower in patch.towers:
-        yield type(tower.encoder).forward
         layer = tower.layers[tower.feature_layer - 1]
         for path in ("", tower.family.attention, *tower.family.computed):
             yield type(layer.get_submodule(path)).forward
-    yield type(host).forward
-    connector, language_model = family.connector(host), family.language_model(host)
-    if connector is not None:
-        yield type(connector).forward
-    if language_model is None:
-        return
-    yield type(host).get_placeholder_mask
-    yield type(language_model).forward
-    yield from (getattr(Cache, name) for name in CACHE_METHODS)
-    if model is not host:
-        yield type(model).forward
+    if language_model is not None:
+        yield from (getattr(Cache, name) for name in CACHE_METHODS)
         yield masking_utils.create_masks_for_generate
-    for module, function, _ in overrides(model, host, family):
-        stock = getattr(type(module), function.__name__, None)
-        if stock is not None:  # where it must not be missing, installing it raises
-            yield stock
+        called += [(host, "get_placeholder_mask"), (language_model, "forward"), (model, "forward")]
+        called += [(module, function.__name__) for module, function, _ in overrides(model, host, family)]
+    for module, name in called:
+        function = getattr(type(module), name, None)  # where it must not be missing, installing ours raises
+        if function is not None and (_is_stock(type(module)) or _is_stock(function)):  # or else a wrapper's own
+            yield function
+
+
+def _is_stock(thing: type | Callable[..., Any]) -> bool:
+    return thing.__module__.partition(".")[0] == "transformers"
 
 
 def _name(function: Callable[..., Any]) -> str:
