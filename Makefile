@@ -1,5 +1,6 @@
 # make demo   set up and run the demonstration on real photographs (pictures and a report under out/demo)
 # make test   set up and run all tests
+# make matrix set up and run the tests of patched models under every supported transformers (ARGS="5.16.1" for some)
 # make bench  set up and run the CPU benchmarks (make bench ARGS="-k CLIP-L" for some of them)
 # make gpu    on a machine with an NVIDIA GPU and PyTorch: test and measure the GPU kernels, no set-up (PYTHON=...)
 # make lint   set up and check style
@@ -13,13 +14,16 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_CONSTRAINT := $(CURDIR)/.ci/constraints.txt
 
-.PHONY: demo test bench gpu lint wheel setup clean
+.PHONY: demo test matrix bench gpu lint wheel setup clean
 
 demo: $(SETUP)
 	$(BIN)/hiprune demo --out out/demo $(ARGS)
 
 test: $(SETUP)
 	$(BIN)/python -m pytest --require-ext $(ARGS)
+
+matrix: $(SETUP)
+	.ci/matrix $(ARGS)
 
 bench: $(SETUP)
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json out/bench.json $(ARGS)

@@ -25,6 +25,7 @@ from .ops import (
 
 if TYPE_CHECKING:
     from .patch import apply_hiprune, hiprune, is_patched, last_selection, record_scores, remove_hiprune
+    from .patch.selfcheck import check_model
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "attention_with_scores",
     "attention_with_scores_varlen",
     "check_inputs",
+    "check_model",
     "hiprune",
     "is_patched",
     "last_selection",
@@ -55,6 +57,8 @@ def __getattr__(name: str):
     # Patching imports transformers, which takes seconds: only those who use it wait for it.
     if name in _FROM_PATCH:
         return getattr(importlib.import_module(".patch", __name__), name)
+    if name == "check_model":
+        return importlib.import_module(".patch.selfcheck", __name__).check_model
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -1,7 +1,8 @@
-"""The `hiprune` command: `info`, `prune IMAGE`, `demo`.
+"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `demo`.
 
-Exit codes: 0 done, 1 an error nobody foresaw, 2 wrong input, 130 interrupted. Errors are one line on stderr;
-`--debug` shows the traceback instead. What takes long to import is imported by the command that needs it.
+Exit codes: 0 done, 1 an error nobody foresaw, 2 wrong input, 3 `check` found something wrong, 130 interrupted. Errors
+are one line on stderr; `--debug` shows the traceback instead. What takes long to import is imported by the command that
+needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, TextIO
 
@@ -38,7 +40,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="HiPrune visual-token pruning: kernels, pictures, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,prune,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,demo}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     model_help = (
@@ -53,6 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print JSON")
     form.add_argument("--markdown", action="store_true", help="with --models: print Markdown tables")
     info.set_defaults(run=_info)
+
+    check = commands.add_parser(
+        "check", parents=[common], help="whether patched models are right under the installed transformers"
+    )
+    check.add_argument("model_types", nargs="*", metavar="MODEL_TYPE", help="as in info --models (default: all)")
+    check.set_defaults(run=_check)
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
     prune.add_argument(
@@ -99,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: the process's) and return the exit code; `--help` and usage errors exit."""
     args = build_parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
@@ -116,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = type(error).__name__
         print(f"hiprune {args.command}: unexpected {name}: {message} (--debug shows where)", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 # ---------------------------------------------------------------------------------------------------------------- info
@@ -185,6 +193,41 @@ def _aligned(table: Sequence[Sequence[str]]) -> list[str]:
         if row is not cells[0]:
             lines += textwrap.wrap(notes, 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return lines
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def _check(args: argparse.Namespace) -> int:
+    import transformers
+
+    from .patch import FAMILIES
+    from .patch.selfcheck import check_model
+
+    for model_type in args.model_types:
+        if model_type not in FAMILIES:
+            raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
+    model_types, wrong = args.model_types or list(FAMILIES), 0
+    print(f"tiny random models, patched, against stock code of transformers {transformers.__version__}")
+    for model_type in _with_progress(model_types):
+        started = time.perf_counter()
+        verdict = check_model(model_type)
+        seconds = time.perf_counter() - started
+        wrong += not verdict.right
+        print(f"  {model_type:<24} {verdict.difference or 'right'}  ({seconds:.1f} s)", flush=True)
+    print(f"{len(model_types) - wrong} of {len(model_types)} right")
+    return 3 if wrong else 0
+
+
+def _with_progress(items: Sequence[str]) -> Iterator[str]:
+    """The items, with a bar over them on a terminal, if rich is there to draw it."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return iter(items)
+    console = Console()
+    return iter(track(items, "checking", console=console, transient=True, disable=not console.is_terminal))
 
 
 # --------------------------------------------------------------------------------------------------------------- prune

@@ -11,6 +11,7 @@ from models import GRID, IMAGE_TOKEN, NUM_TOKENS, VIDEO_TOKEN
 from torch import Tensor
 
 from hiprune_kernels import reference
+from hiprune_kernels.patch.decoder import CACHE
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -67,6 +68,18 @@ def pruned_rows(
     dense = dense.scatter(1, indices[..., None].expand_as(features), features)
     keep = torch.zeros(count, image_tokens, dtype=torch.bool).scatter(1, indices, True)
     return visual_rows(model, inputs, {IMAGE_TOKEN: (dense.flatten(0, 1), keep.flatten())})
+
+
+def seen_features(output, kind: str = "image") -> Tensor | None:
+    """The features [P, C] of all images (or videos) that come with a model's output; None without any."""
+    if hasattr(output, f"{kind}_outputs"):  # from transformers 5.24 on
+        output = getattr(output, f"{kind}_outputs")
+        states = None if output is None else output.pooler_output
+    else:
+        states = getattr(output, f"{kind}_hidden_states", None)
+    if states is None or (isinstance(states, Tensor) and states.ndim == 2):
+        return states
+    return torch.cat(list(states))
 
 
 def visual_rows(model, inputs: dict, visual: dict[int, tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
@@ -144,7 +157,7 @@ def assert_decodes_by_hand(model, stock, inputs: dict, rows: list[tuple[Tensor, 
             logits = output.logits[:, -1].index_fill(1, torch.tensor(GREEDY["suppress_tokens"]), -torch.inf)
             tokens.append(logits.argmax(dim=-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-            output = model(input_ids=tokens[-1], past_key_values=output.past_key_values, attention_mask=mask)
+            output = model(input_ids=tokens[-1], **{CACHE: output[CACHE]}, attention_mask=mask)
     assert torch.equal(torch.cat(tokens, dim=1), stock_generate(stock, rows, **GREEDY))
 
 
@@ -158,7 +171,7 @@ def assert_second_turn(model, stock, inputs: dict, second: list[int], shown: dic
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     both = {name: torch.cat([value, shown[name]]) if name in shown else value for name, value in inputs.items()}
     rows = rows_of({**both, **turn})
-    sequences = model.generate(**turn, **shown, past_key_values=first.past_key_values, **GREEDY)
+    sequences = model.generate(**turn, **shown, **{CACHE: first[CACHE]}, **GREEDY)
     assert torch.equal(sequences[:, ids.shape[1] :], stock_generate(stock, rows, **GREEDY))
 
 

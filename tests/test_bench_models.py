@@ -24,7 +24,7 @@ def bench(monkeypatch):
 BUILDERS = {
     "clip": lambda: (tiny_clip(), {"pixel_values": images(1)}),
     "llava": VLM_CASES["llava"],
-    "next": VLM_CASES["next"],
+    "next": VLM_CASES["llava_next"],
     "qwen2.5": lambda: (tiny_qwen("qwen2.5"), qwen_batch("qwen2.5", [(3, (4, 6), 2, (3, 3), 2)])),
 }
 

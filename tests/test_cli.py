@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from models import GRID, tiny_clip, tiny_clip_config, tiny_llava, tiny_llava_next, tiny_onevision
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipVisionCon
 
 import hiprune_kernels
 from hiprune_kernels import cli, loading, patch, reference
+from hiprune_kernels.patch import selfcheck
 from hiprune_kernels.patch.towers import ENCODERS
 from hiprune_kernels.visualize import ROLE_COLORS
 
@@ -361,7 +363,7 @@ def error_of(capsys, *arguments):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {info,prune,demo}"),
+        ([], "required: {info,check,prune,demo}"),
         (["prune"], "required: IMAGE"),
         (["draw"], "invalid choice: 'draw'"),
         (["prune", "PHOTO", "--budget", "many"], "--budget: invalid int value: 'many'"),
@@ -553,6 +555,37 @@ def test_readme_has_the_table_of_models(capsys):
     _, start, rest = readme.partition(MARKERS[0])
     table, end, _ = rest.partition(MARKERS[1])
     assert start and end and table == capsys.readouterr().out, f"update it by: {UPDATE}"
+
+
+def test_check(capsys, monkeypatch):
+    assert cli.main(["check", "llava", "vit"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith(f"stock code of transformers {transformers.__version__}") and len(lines) == 4
+    for line, model_type in zip(lines[1:], ("llava", "vit")):
+        assert re.fullmatch(rf"  {model_type} +right  \([0-9.]+ s\)", line)
+    assert lines[3] == "2 of 2 right"
+    difference = {"deit": "features that are off by 3", "vit": ""}
+    monkeypatch.setattr(selfcheck, "check_model", lambda name: selfcheck.Verdict(name, difference.get(name, "")))
+    monkeypatch.setitem(sys.modules, "rich.progress", None)  # the bar is not needed
+    assert cli.main(["check"]) == 3
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:-1]] == list(patch.FAMILIES)
+    assert lines[-1] == f"{len(patch.FAMILIES) - 1} of {len(patch.FAMILIES)} right"
+    assert [line.split("  (")[0].split(maxsplit=1)[1] for line in lines if "deit" in line] == [difference["deit"]]
+    assert cli.main(["check", "lava"]) == 2
+    assert "hiprune check: model_type: expected one of llava, " in capsys.readouterr().err
+
+
+def test_the_bar_of_check(capsys, monkeypatch):
+    """Over the families, where there is a terminal; it goes away at the end."""
+    from rich import console
+
+    monkeypatch.setattr(selfcheck, "check_model", lambda name: selfcheck.Verdict(name, ""))
+    for terminal in (True, False):
+        monkeypatch.setattr(console, "Console", functools.partial(console.Console, force_terminal=terminal))
+        assert cli.main(["check", "llava", "vit"]) == 0
+        shown = capsys.readouterr().out
+        assert ("checking" in shown and "100%" in shown) == terminal and "2 of 2 right" in shown
 
 
 def test_a_package_that_is_not_installed_is_said_to_be(monkeypatch):

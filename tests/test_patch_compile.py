@@ -14,7 +14,7 @@ from transformers import CompileConfig
 from hiprune_kernels.patch import apply_hiprune, hiprune, record_scores, remove_hiprune
 from hiprune_kernels.patch.towers import find_encoder, locate_layers
 
-FAMILIES = ["llava", "internvl", "qwen2.5"]
+FAMILIES = ["llava", "internvl", "qwen2_5_vl"]
 SHARE, OTHER_SHARE = 0.3, 0.1
 CLOSE = {"rtol": 0, "atol": 5e-4}  # of what is compiled; a wrong token moves logits by more than 0.1
 SUPPRESSED = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": [90, 91]}
@@ -159,7 +159,7 @@ def test_compiled_decoding_steps(case, steps):
 
 def test_recording_an_encoder_that_ran_compiled():
     """A packed encoder's arguments tell which column belongs to which patch."""
-    model, inputs = VLM_CASES["qwen2.5"]()
+    model, inputs = VLM_CASES["qwen2_5_vl"]()
     encoder = model.model.visual
     images = inputs["pixel_values"], inputs["image_grid_thw"]
     with torch.no_grad():

@@ -12,6 +12,7 @@ from patch_reference import (
     eager_scores,
     expected_selection,
     one_thread,  # noqa: F401
+    seen_features,
 )
 from transformers import AttentionInterface, CLIPConfig, CLIPModel, CLIPVisionModelWithProjection
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -193,7 +194,7 @@ def test_kept_features_are_bitwise_those_of_stock_modules(dtype):
     ids = torch.full((2, NUM_TOKENS + 1), 90)
     ids[:, -1] = 5
     with torch.no_grad():
-        states = model(input_ids=ids, pixel_values=images(2).to(dtype)).image_hidden_states
+        states = seen_features(model(input_ids=ids, pixel_values=images(2).to(dtype)))
         handle.remove()
         indices = selected(model)[0]
         remove_hiprune(model)

@@ -7,15 +7,18 @@ import threading
 
 import pytest
 import torch
+import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from models import IMAGE_TOKEN, VLM_CASES
-from patch_reference import one_thread  # noqa: F401
+from patch_reference import one_thread, seen_features  # noqa: F401
+from torch.utils._pytree import tree_leaves
 from transformers import GenerationMixin
 
 from hiprune_kernels.patch import (
     FAMILIES,
     apply_hiprune,
     bare,
+    generate,
     is_patched,
     last_selection,
     record_scores,
@@ -86,6 +89,39 @@ def test_a_budget_for_everything_is_the_stock_model(case):
         assert torch.equal(tokens(model, inputs), tokens(stock, inputs))
         assert all(bool((selection.roles == 3).all()) for selection in last_selection(model))
         assert [len(s.indices) for s in last_selection(model)] == [len(s.roles) for s in last_selection(model)]
+
+
+def test_features_of_an_output_are_those_that_the_language_model_saw(case):
+    stock, inputs, _, _ = case
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    with torch.no_grad():
+        ours, theirs = model(**inputs), stock(**inputs)
+    found = {kind: seen_features(theirs, kind) for kind in ("image", "video")}
+    assert found["image"] is not None or not hasattr(theirs, "image_outputs")
+    tokens = 0
+    for kind, features in found.items():
+        kept = seen_features(ours, kind)
+        assert (kept is None) == (features is None)
+        if kept is not None:
+            distances, rows = torch.cdist(kept, features, compute_mode="donot_use_mm_for_euclid_dist").min(dim=1)
+            rows = rows[rows.bincount()[rows] == 1]  # newlines are all alike
+            assert float(distances.max()) < 1e-3 and torch.equal(rows, rows.sort().values)
+            tokens += len(rows)
+    assert tokens >= sum(len(selection.indices) for selection in last_selection(model)) or found["image"] is None
+
+
+def test_outputs_as_tuples(case):
+    stock, inputs, _, _ = case
+    model = apply_hiprune(copy.deepcopy(stock.model), retention=SHARE)
+    with torch.no_grad():
+        outputs = [model(**inputs, return_dict=False), model(**inputs).to_tuple()]
+        if stock.config.model_type == "llava":  # most families need the outputs of their parts as such
+            model.config.return_dict = False
+            outputs.append(model(**inputs))
+    assert all(type(output) is tuple and len(output) > 1 for output in outputs)
+    for leaves in zip(*map(tree_leaves, outputs), strict=True):
+        assert all(type(leaf) is type(leaves[0]) for leaf in leaves)
+        assert not isinstance(leaves[0], torch.Tensor) or all(torch.equal(leaf, leaves[0]) for leaf in leaves)
 
 
 def test_copies_and_files(case, tmp_path):
@@ -321,6 +357,22 @@ def test_beams_share_one_run_of_the_encoder(case):
     once = runs.copy()
     assert tokens(model, inputs, num_beams=3).shape == expected.shape
     assert runs == once + once and once
+
+
+@encodes_ahead
+def test_releases_whose_own_beams_are_wrong(case, monkeypatch):
+    """Everything else works there."""
+    stock, inputs, _, expected = case
+    monkeypatch.setattr(generate, "_WRONG_BEAMS", {transformers.__version__: ("another", stock.config.model_type)})
+    model = apply_hiprune(copy.deepcopy(stock), retention=SHARE)
+    assert torch.equal(tokens(model, inputs), expected)
+    for options in ({"num_beams": 2}, {"do_sample": True, "num_return_sequences": 2}):
+        with pytest.raises(
+            ValueError, match=r"num_beams: the beams of transformers .* itself are wrong for a \w+ with images"
+        ):
+            tokens(model, inputs, **options)
+    text = {"input_ids": inputs["input_ids"][:, -4:]}
+    assert tokens(model, text, num_beams=2).shape == expected.shape
 
 
 def test_attention_maps_of_generate_are_refused(case):

@@ -20,6 +20,7 @@ from patch_reference import (
     one_thread,  # noqa: F401
     pruned_rows,
     row_logits,
+    seen_features,
     stock_generate,
 )
 from transformers import CLIPVisionModel, GemmaConfig, Qwen2Config, Qwen3Config
@@ -141,15 +142,12 @@ def test_feature_layer_of_the_config(index):
     assert_prefill(model, stock, inputs, reference_rows(stock, inputs, (2, deep)))
 
 
-def test_image_hidden_states(stock, patched):
-    """[tiles, budget, C]"""
+def test_features_are_the_kept_stock_features(stock, patched):
     inputs = inputs_for("tiles")
     indices, _ = expected_selection(stock, inputs["pixel_values"])
     features = stock_features(stock, inputs["pixel_values"])
-    expected = features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1]))
-    output, inner = run(patched, inputs), run(patched.model, inputs, return_dict=False)
-    torch.testing.assert_close(output.image_hidden_states, expected, rtol=0, atol=1e-4)
-    assert torch.equal(inner[-1], output.image_hidden_states)
+    expected = features.gather(1, indices[..., None].expand(-1, -1, features.shape[-1])).flatten(0, 1)
+    torch.testing.assert_close(seen_features(run(patched, inputs)), expected, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- every way of running it

@@ -14,6 +14,7 @@ from patch_reference import one_thread  # noqa: F401
 from transformers import (
     CLIPVisionModel,
     GemmaConfig,
+    GenerationMixin,
     LlamaForCausalLM,
     LlavaForConditionalGeneration,
     ViTConfig,
@@ -29,7 +30,6 @@ from hiprune_kernels.patch import (
     last_selection,
     record_scores,
     remove_hiprune,
-    towers,
 )
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "suppress_tokens": [IMAGE_TOKEN]}
@@ -149,11 +149,13 @@ def test_a_failed_apply_leaves_the_model_as_it_was(stock, model, monkeypatch, be
     stock_forward = type(last).forward
     calls = []
 
-    def failing(self, module, name, function, original=encoders.Edits.set_method):
+    original = encoders.Edits.set_method
+
+    def failing(self, module, name, function, **options):
         calls.append(name)
         if len(calls) == 5:  # host, feature layer, skipped layer, projector, then the first generation method
             raise RuntimeError("half way")
-        original(self, module, name, function)
+        original(self, module, name, function, **options)
 
     with monkeypatch.context() as patched:
         patched.setattr(encoders.Edits, "set_method", failing)
@@ -546,17 +548,29 @@ def test_an_encoder_refuses_too():
         encoder(images(1))
 
 
-def test_unknown_stock_source_warns(model, monkeypatch, recwarn):
-    apply_hiprune(model, budget=10)
-    assert not [w for w in recwarn if "transformers" in str(w.message)]
+def test_nothing_deprecated_is_used_unseen():
+    """Of what transformers logs, `conftest.no_deprecations_of_ours` lets the tests fail where we are the cause."""
+    log = "import logging; logging.getLogger('transformers.any').warning('`old` is deprecated')"
+    with pytest.raises(DeprecationWarning, match="`old` is deprecated"):
+        exec(log, {"__name__": "hiprune_kernels.patch.any"})
+    exec(log, {"__name__": "somebody_elses"})
+    exec(log.replace("deprecated", "new"), {"__name__": "hiprune_kernels.patch.any"})
+
+
+def test_a_method_that_the_class_lacks(model, monkeypatch):
+    """Renamed by transformers, ours would never be called."""
+    before = fingerprint(model)
+    monkeypatch.setattr(GenerationMixin, "_prefill_of_another_name", GenerationMixin._prefill, raising=False)
+    monkeypatch.delattr(GenerationMixin, "_prefill")
+    with pytest.raises(ValueError, match="model: expected a LlavaForConditionalGeneration with a method `_prefill`"):
+        apply_hiprune(model, budget=10)
+    assert_untouched(model, before)
+
+
+def test_a_method_that_older_releases_lack(stock, monkeypatch, pruned_logits):
+    for name in ("_maybe_prepare_encoder_kwargs_for_generation", "_expand_multimodal_outputs"):
+        monkeypatch.delattr(GenerationMixin, name, raising=False)
+    model = apply_hiprune(copy.deepcopy(stock), budget=10)
+    assert torch.equal(run(model), pruned_logits)
     remove_hiprune(model)
-    attention = type(model.model.vision_tower.encoder.layers[0].self_attn)
-
-    def forward(self, hidden_states, attention_mask=None, **kwargs):
-        raise NotImplementedError
-
-    with monkeypatch.context() as patched:
-        patched.setattr(attention, "forward", forward)
-        with pytest.warns(UserWarning, match="computes .*forward by itself .* never compared with ours"):
-            apply_hiprune(model, budget=10)
-    assert towers.source_digest(len) == ""
+    assert torch.equal(run(model), run(stock))

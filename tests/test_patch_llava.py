@@ -15,6 +15,7 @@ from patch_reference import (
     one_thread,  # noqa: F401
     pruned_rows,
     row_logits,
+    seen_features,
     stock_generate,
 )
 from transformers import (
@@ -28,6 +29,7 @@ from transformers import (
 )
 
 from hiprune_kernels.patch import apply_hiprune, last_selection
+from hiprune_kernels.patch.decoder import CACHE
 
 BUDGET, OBJECT_LAYER, FEATURE_LAYER = 10, 2, 4
 TOLERANCE = {"rtol": 0, "atol": 2e-4}  # logits are of order 10; a wrong token moves them by more than 0.1
@@ -151,15 +153,13 @@ def test_text_only_is_stock(stock, patched):
     assert torch.equal(patched.generate(**inputs, **GREEDY), stock.generate(**inputs, **GREEDY))
 
 
-def test_image_hidden_states_and_hidden_states(stock, patched):
+def test_features_and_hidden_states(stock, patched):
     inputs = inputs_for("two images")
     with torch.no_grad():
         output = patched(**inputs, output_hidden_states=True)
-        inner = patched.model(**inputs, return_dict=False)
     indices = torch.stack([selection.indices for selection in last_selection(patched)])
     expected = kept_features(stock, inputs["pixel_values"], indices).flatten(0, 1)
-    torch.testing.assert_close(output.image_hidden_states, expected, rtol=0, atol=1e-4)
-    assert torch.equal(inner[-1], output.image_hidden_states)
+    torch.testing.assert_close(seen_features(output), expected, rtol=0, atol=1e-4)
     assert {states.shape for states in output.hidden_states} == {(1, output.logits.shape[1], 64)}
 
 
@@ -190,7 +190,7 @@ def test_strategy_full_keeps_the_cls_row_besides_the_budget(stock):
         )
         output = apply_hiprune(model, budget=BUDGET)(**inputs)
     torch.testing.assert_close(output.logits[0], row_logits(stock, embeds), **TOLERANCE)
-    torch.testing.assert_close(output.image_hidden_states, features[0], rtol=0, atol=1e-4)
+    torch.testing.assert_close(seen_features(output), features[0], rtol=0, atol=1e-4)
     assert torch.equal(output.logits, from_argument.logits)
 
 
@@ -307,9 +307,9 @@ def test_decode_loop(stock, patched, name, counting):
     mask = inputs["attention_mask"]
     start = {}
     if counting == "new cache":
-        start["past_key_values"] = DynamicCache()
+        start[CACHE] = DynamicCache()
     if counting == "static cache":
-        start["past_key_values"] = StaticCache(config=stock.config.text_config, max_cache_len=64)
+        start[CACHE] = StaticCache(config=stock.config.text_config, max_cache_len=64)
     if counting == "no mask":
         inputs = {key: value for key, value in inputs.items() if key != "attention_mask"}
     if counting == "positions":
@@ -321,7 +321,7 @@ def test_decode_loop(stock, patched, name, counting):
             token = output.logits[:, -1].argmax(dim=-1, keepdim=True)
             tokens.append(token)
             mask = torch.cat([mask, torch.ones_like(token)], dim=1)
-            cache = output.past_key_values
+            cache = output[CACHE]
             step = {"attention_mask": mask}
             if counting == "cache mask":
                 ones = torch.ones(len(mask), cache.get_seq_length() + 1, dtype=torch.long)
@@ -330,7 +330,7 @@ def test_decode_loop(stock, patched, name, counting):
                 step = {}
             if counting == "positions":
                 step["position_ids"] = mask.sum(dim=1, keepdim=True) - 1
-            output = patched(input_ids=token, past_key_values=cache, **step)
+            output = patched(input_ids=token, **{CACHE: cache}, **step)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 
@@ -339,7 +339,7 @@ def test_mask_of_an_impossible_length(patched):
         output = patched(**inputs_for("one image"))
         mask = torch.ones(1, 30, dtype=torch.long)
         with pytest.raises(ValueError, match=r"attention_mask: expected \[batch, 49\] .*got \[1, 30\]"):
-            patched(input_ids=torch.tensor([[5]]), past_key_values=output.past_key_values, attention_mask=mask)
+            patched(input_ids=torch.tensor([[5]]), **{CACHE: output[CACHE]}, attention_mask=mask)
         with pytest.raises(ValueError, match=r"attention_mask: a pruned prefill needs \[batch, 48\], got \[1, 30\]"):
             patched(**{**inputs_for("one image"), "attention_mask": mask})
 
@@ -367,7 +367,7 @@ def test_second_turn(stock, patched, new_image, only_new):
         turn["pixel_values"] = pixels[1:]
     if only_new:  # the last token of the answer is not in the cache yet
         turn["input_ids"] = whole["input_ids"][:, -len(second) - 1 :]
-    sequences = patched.generate(**turn, past_key_values=first.past_key_values, **GREEDY)
+    sequences = patched.generate(**turn, **{CACHE: first[CACHE]}, **GREEDY)
     assert torch.equal(sequences[:, turn["input_ids"].shape[1] :], expected)
 
 
@@ -382,9 +382,9 @@ def by_hand(model, turns, masked):
                 given["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, -turn["input_ids"].shape[1] :]
             else:
                 del given["attention_mask"]
-            output = model(**given, past_key_values=cache, use_cache=True)
+            output = model(**given, **{CACHE: cache}, use_cache=True)
             logits.append(output.logits[:, -1])
-            cache = output.past_key_values
+            cache = output[CACHE]
     return logits
 
 
@@ -425,7 +425,7 @@ def test_second_turn_from_embeddings(stock, patched):
     expected = stock_generate(stock, reference_rows(stock, whole), **GREEDY)
     embeds = stock.get_input_embeddings()(whole["input_ids"]).detach()
     turn = {"inputs_embeds": embeds, "attention_mask": whole["attention_mask"]}
-    assert torch.equal(patched.generate(**turn, past_key_values=first.past_key_values, **GREEDY), expected)
+    assert torch.equal(patched.generate(**turn, **{CACHE: first[CACHE]}, **GREEDY), expected)
 
 
 def test_an_image_after_a_turn_of_text(stock, patched):
@@ -434,7 +434,7 @@ def test_an_image_after_a_turn_of_text(stock, patched):
     rows, _ = conversation(stock, first.sequences.tolist(), new_image=True)
     whole = batch(rows, images(1))
     expected = stock_generate(stock, reference_rows(stock, whole), **GREEDY)
-    sequences = patched.generate(**whole, past_key_values=first.past_key_values, **GREEDY)
+    sequences = patched.generate(**whole, **{CACHE: first[CACHE]}, **GREEDY)
     assert torch.equal(sequences[:, whole["input_ids"].shape[1] :], expected)
 
 
@@ -444,29 +444,29 @@ def test_cropped_copied_and_repeated_caches(stock, patched):
     tail = inputs["input_ids"][:, -3:]
     expected = stock_generate(stock, reference_rows(stock, inputs), **GREEDY)
     with torch.no_grad():
-        cache = patched(**inputs).past_key_values
+        cache = patched(**inputs)[CACHE]
     cropped = copy.deepcopy(cache)
     cropped.crop(-3)
     whole = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
-    assert torch.equal(patched.generate(**whole, past_key_values=cropped, **GREEDY)[:, -6:], expected)
+    assert torch.equal(patched.generate(**whole, **{CACHE: cropped}, **GREEDY)[:, -6:], expected)
     repeated = copy.deepcopy(cache)
     repeated.crop(-3)
     repeated.batch_repeat_interleave(2)
     mask = inputs["attention_mask"].repeat(2, 1)
     with torch.no_grad():
-        logits = patched(input_ids=tail.repeat(2, 1), attention_mask=mask, past_key_values=repeated).logits
+        logits = patched(input_ids=tail.repeat(2, 1), attention_mask=mask, **{CACHE: repeated}).logits
         assert torch.equal(logits[:, -1].argmax(dim=-1), expected[:, 0].repeat(2))
         mask = inputs_for("batch")["attention_mask"]  # `generate` counts positions from the mask, so this must
-        two = patched(**inputs_for("batch"), position_ids=(mask.cumsum(1) - 1).clamp(min=0)).past_key_values
+        two = patched(**inputs_for("batch"), position_ids=(mask.cumsum(1) - 1).clamp(min=0))[CACHE]
         both = copy.deepcopy(two)
         both.crop(-2)
         both.batch_repeat_interleave(2)
         turn = {key: inputs_for("batch")[key].repeat_interleave(2, dim=0) for key in ("input_ids", "attention_mask")}
-        answers = patched.generate(**turn, past_key_values=both, **GREEDY)[:, -6:]
+        answers = patched.generate(**turn, **{CACHE: both}, **GREEDY)[:, -6:]
         rows = reference_rows(stock, inputs_for("batch"))
         assert torch.equal(answers, stock_generate(stock, rows, **GREEDY).repeat_interleave(2, dim=0))
-        with pytest.raises(ValueError, match="past_key_values: pruned for a batch of 2, but the inputs have 3 rows"):
-            patched(input_ids=tail.repeat(3, 1), past_key_values=two)
+        with pytest.raises(ValueError, match=f"{CACHE}: pruned for a batch of 2, but the inputs have 3 rows"):
+            patched(input_ids=tail.repeat(3, 1), **{CACHE: two})
 
 
 def _refilled(cache):
@@ -488,14 +488,14 @@ def test_rows_of_a_cache_rearranged(stock, patched, through):
         ids = tokens[: len(order)]
         with torch.no_grad():
             grown = torch.cat([mask[order], torch.ones_like(ids)], dim=1)
-            logits = patched(input_ids=ids, attention_mask=grown, past_key_values=cache).logits[:, -1]
+            logits = patched(input_ids=ids, attention_mask=grown, **{CACHE: cache}).logits[:, -1]
         for ours, row, token in zip(logits, order, ids):
             embeds = torch.cat([rows[row][0], stock.get_input_embeddings()(token).detach()])
             torch.testing.assert_close(ours, row_logits(stock, embeds)[-1], **TOLERANCE)
 
     def prefilled():
         with torch.no_grad():
-            return through(patched(**inputs, past_key_values=DynamicCache()).past_key_values)
+            return through(patched(**inputs, **{CACHE: DynamicCache()})[CACHE])
 
     count = len(rows)
     assert len({len(row) for row, _ in rows}) > 1
@@ -518,16 +518,16 @@ def test_a_reset_cache_forgets(stock, patched):
     first, text = inputs_for("mixed"), batch([prompt(6, seed=seed) for seed in range(3)])
     cache, other = (StaticCache(config=stock.config.text_config, max_cache_len=128) for _ in range(2))
     with torch.no_grad():
-        patched(**first, past_key_values=cache)
+        patched(**first, **{CACHE: cache})
         cache.reset()
-        ours = patched(**text, past_key_values=cache).logits
-        assert torch.equal(ours, stock(**text, past_key_values=other).logits)
+        ours = patched(**text, **{CACHE: cache}).logits
+        assert torch.equal(ours, stock(**text, **{CACHE: other}).logits)
         token = torch.tensor([[7], [8], [9]])  # the cache is filled again, but not pruned
-        ours = patched(input_ids=token, past_key_values=cache).logits
-        assert torch.equal(ours, stock(input_ids=token, past_key_values=other).logits)
+        ours = patched(input_ids=token, **{CACHE: cache}).logits
+        assert torch.equal(ours, stock(input_ids=token, **{CACHE: other}).logits)
         assert type(cache) is StaticCache
         cache.reset()
-        again = patched(**first, past_key_values=cache).logits
+        again = patched(**first, **{CACHE: cache}).logits
         torch.testing.assert_close(again, patched(**first).logits, **TOLERANCE)
 
 

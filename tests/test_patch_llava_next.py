@@ -28,6 +28,7 @@ from patch_reference import (
     eager_scores,
     new_tokens,
     one_thread,  # noqa: F401
+    seen_features,
     stock_generate,
     visual_rows,
 )
@@ -145,7 +146,7 @@ def test_the_number_kept_follows_from_sizes(stock, share):
     for size in sizes:
         inputs = anyres_batch(stock, [[2, size, 3]])
         with torch.no_grad():
-            states = model(**inputs).image_hidden_states
+            states = seen_features(model(**inputs))
         count = kept_anyres_tokens(size, pinpoints=PINPOINTS, tile_size=48, patch_size=8, **share)
         assert len(states) == count
 
@@ -162,14 +163,12 @@ def test_the_number_of_all_tokens_follows_from_sizes(stock):
         assert [kept_anyres_tokens(size, **options) for size in sizes] == anyres_lengths(model, sizes, tiles)
 
 
-def test_image_hidden_states_are_the_kept_stock_features(stock, patched):
+def test_features_are_the_kept_stock_features(stock, patched):
     inputs = anyres_batch(stock, PROMPTS["two images"])
     with torch.no_grad():
         output = patched(**inputs)
-        inner = patched.model(**inputs, return_dict=False)
     features = stock_features(stock, inputs)[expected(stock, inputs)[1]]
-    torch.testing.assert_close(output.image_hidden_states, features, rtol=0, atol=1e-4)
-    assert torch.equal(inner[-1], output.image_hidden_states)
+    torch.testing.assert_close(seen_features(output), features, rtol=0, atol=1e-4)
 
 
 def test_a_wrong_token_would_show(stock, patched):
@@ -295,7 +294,7 @@ def test_a_tower_without_a_cls_token():
     stock = LlavaNextForConditionalGeneration._from_config(config).eval()
     model, inputs = apply_hiprune(copy.deepcopy(stock), retention=0.5), anyres_batch(stock, [[5, WIDE, 7]])
     with torch.no_grad():
-        kept = model(**inputs).image_hidden_states
+        kept = seen_features(model(**inputs))
     [selection] = last_selection(model)
     keep = packed(stock, inputs, [(selection.roles > 0).view(3, -1, 1).float()]).flatten() != 0
     torch.testing.assert_close(kept, stock_features(stock, inputs)[keep], rtol=0, atol=1e-4)

@@ -25,6 +25,7 @@ from qwen_reference import (
 )
 
 from hiprune_kernels.patch import apply_hiprune, last_selection, record_scores
+from hiprune_kernels.patch.decoder import CACHE
 from hiprune_kernels.patch.towers import ENCODERS
 
 SHARE, OBJECT_LAYER, FEATURE_LAYER = 0.3, 2, 4
@@ -403,14 +404,14 @@ def test_decode_loop(kind, stock, patched, name, counting):
             logits[:, VISUAL] = -torch.inf
             tokens.append(logits.argmax(dim=-1, keepdim=True))
             mask = torch.cat([mask, torch.ones_like(tokens[-1])], dim=1)
-            cache, step = output.past_key_values, {"attention_mask": mask}
+            cache, step = output[CACHE], {"attention_mask": mask}
             if counting == "cache mask":
                 step = {"attention_mask": torch.ones(len(mask), cache.get_seq_length() + 1, dtype=torch.long)}
             if counting == "no mask":
                 step = {}
             if counting == "own positions":
                 step["position_ids"] = (mask.cumsum(dim=1) - 1)[:, -1:] + patched.model.rope_deltas
-            output = patched(input_ids=tokens[-1], past_key_values=cache, **step)
+            output = patched(input_ids=tokens[-1], **{CACHE: cache}, **step)
     assert torch.equal(torch.cat(tokens, dim=1), expected)
 
 
@@ -439,15 +440,15 @@ def test_second_turn(kind, stock, patched, shown, only_new):
         turn |= {name: whole[name] for name in KINDS[VIDEO_TOKEN]}
     if only_new:  # the last token of the answer is not in the cache yet
         turn |= {name: turn[name][:, length - 1 :] for name in ("input_ids", "mm_token_type_ids")}
-    cache = stock.generate(**inputs, **GREEDY, return_dict_in_generate=True).past_key_values
+    cache = stock.generate(**inputs, **GREEDY, return_dict_in_generate=True)[CACHE]
     try:
-        stock.generate(**turn, **GREEDY, past_key_values=cache)
+        stock.generate(**turn, **GREEDY, **{CACHE: cache})
     except (StopIteration, TypeError) as error:  # transformers from 5.23 on, where whole ids show something new
         assert shown and not only_new
         with pytest.raises(type(error)):
-            new_tokens(patched, turn, past_key_values=answer.past_key_values)
+            new_tokens(patched, turn, **{CACHE: answer[CACHE]})
         return
-    assert torch.equal(new_tokens(patched, turn, past_key_values=answer.past_key_values), expected)
+    assert torch.equal(new_tokens(patched, turn, **{CACHE: answer[CACHE]}), expected)
 
 
 def test_turns_by_hand(kind, stock, patched):
@@ -456,15 +457,13 @@ def test_turns_by_hand(kind, stock, patched):
     mask = torch.cat([turn["attention_mask"] for turn in turns], dim=1)
     with torch.no_grad():
         output = patched(**turns[0])
-        cache, deltas = output.past_key_values, patched.model.rope_deltas
+        cache, deltas = output[CACHE], patched.model.rope_deltas
         second = {**turns[1], "attention_mask": mask}
         if stock._is_stateful:
-            with pytest.raises(
-                ValueError, match=r"past_key_values: linear attention takes no padding .*, got \[4, 8\]"
-            ):
-                patched(**second, past_key_values=cache)
+            with pytest.raises(ValueError, match=rf"{CACHE}: linear attention takes no padding .*, got \[4, 8\]"):
+                patched(**second, **{CACHE: cache})
             return
-        logits = patched(**second, past_key_values=cache).logits
+        logits = patched(**second, **{CACHE: cache}).logits
     whole = {name: torch.cat([turn[name] for turn in turns], dim=1) for name in ("input_ids", "mm_token_type_ids")}
     visual = {name: torch.cat([turn[name] for turn in turns]) for name in KINDS[IMAGE_TOKEN]}
     width = turns[0]["input_ids"].shape[1]
@@ -481,7 +480,7 @@ def test_a_cache_for_several_continuations(kind, stock, patched):
     rows = reference_rows(stock, inputs)
     tokens = torch.tensor([[7, 8], [9, 10], [11, 12], [13, 14]])
     with torch.no_grad():
-        cache = patched(**inputs).past_key_values
+        cache = patched(**inputs)[CACHE]
         patched(**qwen_batch(kind, [(5, SMALL, 3)]))  # another prompt in between
         if stock._is_stateful:  # whose cache stock cannot repeat in place
             cache.reorder_cache(torch.tensor([0, 0, 1, 1]))
@@ -490,7 +489,7 @@ def test_a_cache_for_several_continuations(kind, stock, patched):
         cache.reorder_cache(torch.tensor([3, 0, 2, 1]))
         order = [1, 0, 1, 0]
         mask = torch.cat([inputs["attention_mask"][order], torch.ones_like(tokens)], dim=1)
-        logits = patched(input_ids=tokens, attention_mask=mask, past_key_values=cache).logits
+        logits = patched(input_ids=tokens, attention_mask=mask, **{CACHE: cache}).logits
     for ours, i, new in zip(logits, order, tokens, strict=True):
         expected = row_logits(stock, extended(stock, rows[i], new))
         torch.testing.assert_close(ours, expected[-2:], **TOLERANCE)
@@ -512,7 +511,7 @@ def test_no_multimodal_positions(kind, stock, patched):
         output = model(**inputs)
         torch.testing.assert_close(output.logits[0], row_logits(stock, row), **TOLERANCE)
         token = torch.tensor([7])
-        step = model(input_ids=token[None], past_key_values=output.past_key_values).logits[0]
+        step = model(input_ids=token[None], **{CACHE: output[CACHE]}).logits[0]
     torch.testing.assert_close(step[-1], row_logits(stock, extended(stock, row, token))[-1], **TOLERANCE)
 
 

@@ -21,7 +21,7 @@ from transformers import (
 
 from hiprune_kernels import reference
 from hiprune_kernels.patch import FAMILIES, apply_hiprune, hiprune, is_patched, last_selection, remove_hiprune
-from hiprune_kernels.patch.towers import find_encoder, source_digest
+from hiprune_kernels.patch.towers import find_encoder
 
 BARE = [name for name in CASES if name.partition(" ")[0] not in ("internvl", "siglip") or name == "siglip"]
 CLOSE = {"rtol": 0, "atol": 1e-4}  # states are of order 1; another token's differ by more than 0.1
@@ -141,22 +141,6 @@ def test_half_precision(case):
     )
     assert states.dtype == torch.bfloat16
     assert float((states - dense).norm() / dense.norm()) < 0.1
-
-
-def test_known_stock_sources(case, recwarn):
-    """The installed transformers is one that this was compared with; another one would be told."""
-    apply_hiprune(copy.deepcopy(case[1]), budget=3)
-    assert not [warning for warning in recwarn if "transformers" in str(warning.message)]
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_every_re_implemented_forward_has_its_digest(name):
-    family, _, layers = find_encoder(tiny_encoder(name))
-    if "recording only" in family.notes:
-        return
-    assert {"", family.attention} <= set(family.stock_sources)
-    for path, known in family.stock_sources.items():
-        assert source_digest(type(layers[0].get_submodule(path)).forward) in known
 
 
 # ------------------------------------------------------------------------------------------------------------- clips

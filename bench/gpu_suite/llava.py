@@ -74,10 +74,12 @@ class _Llava:
         Raises:
             RuntimeError: if the cache has another length than the pruned prompt.
         """
+        from hiprune_kernels.patch.decoder import CACHE  # imports transformers, which only the models need
+
         with self.pruning(budget):
             found = self.prefill(inputs)
             kept = [selection.indices.cpu() for selection in hk.last_selection(self.model)]
-        length, expected_length = found.past_key_values.get_seq_length(), self.prompt_tokens(budget)
+        length, expected_length = found[CACHE].get_seq_length(), self.prompt_tokens(budget)
         if length != expected_length:
             raise RuntimeError(f"pruned prefill: expected {expected_length} tokens in the cache, got {length}")
         images = {name: value for name, value in inputs.items() if name in ("pixel_values", "image_sizes")}

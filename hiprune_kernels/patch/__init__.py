@@ -30,8 +30,9 @@ from .encoders import (
     refuse_bypassed,
     skipped_layer_forward,
 )
+from .generate import install_generation
 from .recording import LayerScores, record_scores
-from .towers import ENCODERS, find_encoder, warn_unknown_sources
+from .towers import ENCODERS, find_encoder
 
 __all__ = [
     "FAMILIES",
@@ -113,7 +114,9 @@ def apply_hiprune(
         from the end they are where they were behind the last image. Applying again replaces the settings.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came. The model is then as it was before.
+        TypeError, ValueError: naming the argument, what was expected and what came; or because patched models are wrong
+            with a version of transformers that was not tested, which `check_model` finds out when it is first met. The
+            model is then as it was before.
 
     Example:
         >>> apply_hiprune(model, budget=192)
@@ -179,7 +182,6 @@ def _install(patch: Patch, model: nn.Module) -> None:
     try:
         for tower in patch.towers:
             refuse_tapped(layer.get_submodule(tower.family.attention) for layer in tower.layers)
-            warn_unknown_sources(tower.family, tower.layers[tower.feature_layer - 1])
             if tower.encoder is not host:
                 edits.set_method(tower.encoder, "forward", encoder_forward)
             if tower.object_layer != tower.feature_layer:
@@ -193,14 +195,17 @@ def _install(patch: Patch, model: nn.Module) -> None:
             edits.wrap_forward(patch.connector, connector_forward)
         if patch.language_model is not None:
             install_decoder(edits, model, host, patch.language_model)
-        patch.family.install(edits, model, host)
+            install_generation(edits, model, host, patch.family)
     except BaseException:
         edits.undo()
         raise
 
 
 def _apply(model: nn.Module, settings: Settings) -> None:
+    from .selfcheck import vouch  # late, as it needs what is here
+
     patch, previous = _prepare(model, _family(model), settings), _patch_of(model)
+    vouch(patch, model)
     if previous is not None:
         previous.edits.refuse_changed()  # what could not be patched again is not taken off
         _take_off(previous)

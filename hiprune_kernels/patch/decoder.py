@@ -10,6 +10,7 @@ padding of the caller's is reused first), so columns counted from the end stay w
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,19 +20,11 @@ from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .edits import Edits
-from .encoders import (
-    ENCODED,
-    PATCH,
-    Call,
-    bind,
-    current_call,
-    forward_names,
-    has_images,
-    open_call,
-    refuse_if_pruned,
-)
+from .encoders import Call, bind, current_call, forward_names, refuse_if_pruned
 
 _PLAN = "_hiprune_plan"
+# What transformers calls the cache, as an argument and in outputs: "past_key_values" until 5.23.
+CACHE = "cache" if "cache" in inspect.signature(stock_create_masks_for_generate).parameters else "past_key_values"
 
 
 @dataclass
@@ -56,9 +49,7 @@ class Plan:
     def check_batch(self, batch: int) -> None:
         """Raise ValueError if inputs have another number of rows."""
         if batch != len(self.valid):
-            raise ValueError(
-                f"past_key_values: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows"
-            )
+            raise ValueError(f"{CACHE}: pruned for a batch of {len(self.valid)}, but the inputs have {batch} rows")
 
     def cache_mask(self, mask: Any, seen: int, new: int) -> Any:
         """The caller's mask in cache coordinates, for `seen` slots in the cache and `new` tokens behind them.
@@ -96,8 +87,16 @@ class Plan:
         return (mask.long().cumsum(dim=1) - 1)[:, -new:] + self.dropped.to(mask.device)
 
 
-def _seen(cache: Any) -> int:
+def cache_of(arguments: dict[str, Any]) -> Any:
+    """The cache among arguments by name; callers may use the older one."""
+    return arguments.get(CACHE, arguments.get("past_key_values"))
+
+
+def cached_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+CACHE_METHODS = ("get_seq_length", "reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
 class _PlannedCache:
@@ -156,7 +155,7 @@ def _forget_plan(cache: Any) -> None:
 def live_plan(cache: Any) -> Plan | None:
     """The plan of a cache; none if it was never pruned, or was reset since."""
     plan = getattr(cache, _PLAN, None)
-    return plan if plan is not None and _seen(cache) > 0 else None
+    return plan if plan is not None and cached_length(cache) > 0 else None
 
 
 def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
@@ -195,7 +194,7 @@ def _prune(
     batch, length = keep.shape
     device = embeds.device
     keep = keep.to(device)
-    seen = _seen(kwargs.get("past_key_values"))
+    seen = cached_length(cache_of(kwargs))
     if plan is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
         plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal)
@@ -212,7 +211,7 @@ def _prune(
     valid = ~removable.gather(1, index)
     if stateful and seen > 0 and not bool(valid.all()):
         raise ValueError(
-            "past_key_values: linear attention takes no padding behind what is cached, so rows of a later turn must "
+            f"{CACHE}: linear attention takes no padding behind what is cached, so rows of a later turn must "
             f"all keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
         )
 
@@ -271,7 +270,7 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
     batch, new = _new_tokens(kwargs).shape[:2]
     plan.check_batch(batch)
-    seen = _seen(kwargs["past_key_values"])
+    seen = cached_length(cache_of(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None:
         start = seen + plan.gone
@@ -282,9 +281,10 @@ def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
 
 def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The language model's forward on pruned inputs; the plan rides on the cache that it fills."""
-    plan = live_plan(kwargs.get("past_key_values"))
+    cache = cache_of(kwargs)
+    plan = live_plan(cache)
     if plan is None:  # a cache that was reset starts anew, and must not find its old plan again once it is filled
-        _forget_plan(kwargs.get("past_key_values"))
+        _forget_plan(cache)
     call = current_call("language_model", module)
     if call is not None and call.prunes:
         stateful = call.patch.host._is_stateful  # layers that hold a state instead of keys and values
@@ -293,94 +293,10 @@ def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args
     elif plan is not None:
         kwargs = _translate(plan, kwargs)
     output = forward(*args, **kwargs)
-    if call is not None and call.plan is not None and output.past_key_values is not None:
-        _set_plan(output.past_key_values, call.plan)
+    cache = output.get(CACHE)
+    if call is not None and call.plan is not None and cache is not None:
+        _set_plan(cache, call.plan)
     return output
-
-
-# ---------------------------------------------------------------------------------------------------------- generate()
-
-
-def prepare_inputs_for_generation(
-    self: nn.Module,
-    input_ids: Tensor,
-    next_sequence_length: int | None = None,
-    past_key_values: Any = None,
-    attention_mask: Any = None,
-    inputs_embeds: Tensor | None = None,
-    is_first_iteration: bool | None = False,
-    **kwargs: Any,
-) -> dict[str, Any]:
-    """Stock, but `generate` takes a cache's length off the full one when it continues from a cache: set that right."""
-    plan = live_plan(past_key_values)
-    if plan is not None and next_sequence_length is not None:
-        prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
-        if next_sequence_length == prompt.shape[1] - _seen(past_key_values):
-            next_sequence_length -= plan.gone
-    return type(self).prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=next_sequence_length,
-        past_key_values=past_key_values,
-        attention_mask=attention_mask,
-        inputs_embeds=inputs_embeds,
-        is_first_iteration=is_first_iteration,
-        **kwargs,
-    )
-
-
-def create_masks_for_generate(
-    self: nn.Module,
-    config: Any,
-    inputs_embeds: Tensor,
-    attention_mask: Any,
-    past_key_values: Any,
-    is_first_iteration: bool | None = False,
-    **kwargs: Any,
-) -> Any:
-    """Static caches get their 4-D mask before the forward: not yet for a prefill, and in cache coordinates later."""
-    if is_first_iteration:
-        return attention_mask
-    plan = live_plan(past_key_values)
-    if plan is not None:
-        attention_mask = plan.cache_mask(attention_mask, _seen(past_key_values), inputs_embeds.shape[1])
-    return stock_create_masks_for_generate(
-        config=config,
-        inputs_embeds=inputs_embeds,
-        attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        **kwargs,
-    )
-
-
-def _maybe_prepare_encoder_kwargs_for_generation(
-    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-) -> dict[str, Any]:
-    """Stock from transformers 5.18 on: images are encoded ahead of the prefill, once for all beams.
-
-    What was selected in them travels with their features to the forward that prunes.
-    """
-    call = Call(self.base_model.__dict__[PATCH], dict(model_kwargs), prompts=len(inputs_tensor))
-    with open_call(call):
-        encode = type(self)._maybe_prepare_encoder_kwargs_for_generation
-        model_kwargs = encode(self, inputs_tensor, model_kwargs, *args, **kwargs)
-    if call.runs:
-        model_kwargs["mm_encoder_outputs"][ENCODED] = call
-    return model_kwargs
-
-
-def _prefill(
-    self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
-) -> Any:
-    """Stock, which cannot cut into chunks what is pruned; what is not pruned goes its way without our record of it."""
-    if generation_config.prefill_chunk_size is not None:
-        encoded = (model_kwargs.get("mm_encoder_outputs") or {}).pop(ENCODED, None)
-        whole = self.base_model.__dict__[PATCH].settings.retention == 1
-        if encoded.prunes if encoded is not None else has_images(model_kwargs) and not whole:
-            raise ValueError(
-                "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
-            )
-    return type(self)._prefill(self, input_ids, generation_config, model_kwargs, **kwargs)
 
 
 def head_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -400,12 +316,7 @@ def head_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **k
 
 
 def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
-    """Patch the language side of `model` (with the head, or `host` itself)."""
+    """Patch the language side of `model` (with the head, or `host` itself), but for `generate`."""
     edits.wrap_forward(language_model, language_model_forward)
     if model is not host:
         edits.wrap_forward(model, head_forward)
-        for function in (prepare_inputs_for_generation, create_masks_for_generate, _prefill):
-            edits.set_method(model, function.__name__, function)
-        encode = _maybe_prepare_encoder_kwargs_for_generation
-        if hasattr(model, encode.__name__):
-            edits.set_method(model, encode.__name__, encode)

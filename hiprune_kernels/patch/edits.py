@@ -10,6 +10,7 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import transformers
 from torch import nn
 
 _PACKAGE = __name__.split(".")[0]
@@ -45,14 +46,22 @@ class Edits:
         self._arounds: list[_Around] = []
         self._attributes: list[tuple[nn.Module, str, bool, Any]] = []
 
-    def set_method(self, module: nn.Module, name: str, function: Callable[..., Any]) -> None:
+    def set_method(
+        self, module: nn.Module, name: str, function: Callable[..., Any], *, may_be_missing: bool = False
+    ) -> None:
         """Let `module.name` be `function`, for this instance only.
 
         Accelerate keeps the forward that its own hook wraps in `_old_forward`; there ours goes where a hook is present.
 
         Raises:
-            ValueError: if the method of this instance was already replaced by something else.
+            ValueError: if the class has no such method, so that ours would never be called, unless it `may_be_missing`;
+                or if the method of this instance was already replaced by something else.
         """
+        if getattr(type(module), name, None) is None and not may_be_missing:
+            raise ValueError(
+                f"model: expected a {type(module).__name__} with a method `{name}`, which it has not in transformers "
+                f"{transformers.__version__}"
+            )
         refuse_replaced(module, name)
         module.__dict__[_slot(module, name)] = types.MethodType(function, module)
         self._methods.append((module, name, function))
@@ -114,7 +123,7 @@ def _restore(module: nn.Module, slot: str) -> None:
 def refuse_replaced(module: nn.Module, name: str) -> None:
     """Raise ValueError if a method of this instance was replaced."""
     present = module.__dict__.get(_slot(module, name))
-    if present is not None and getattr(present, "__func__", None) is not getattr(type(module), name):
+    if present is not None and getattr(present, "__func__", None) is not getattr(type(module), name, None):
         raise ValueError(
             f"model: expected the stock `{name}` on {type(module).__name__}, but this instance carries a "
             f"replacement ({present!r}); remove it first"

@@ -81,8 +81,6 @@ class ModelFamily:
     # those, `grids`)
     connector: Callable[[nn.Module], nn.Module | None] = lambda host: None  # what takes features to the language model
     language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    install: Callable[[Edits, nn.Module, nn.Module], None] = lambda edits, model, host: None  # (edits, model, host)
-    finish: Callable[[Call, Any], Any] = lambda call, output: output  # (call, the host's output) -> output
     video_token: Callable[[Call], int] = lambda call: call.patch.host.config.video_token_id  # placeholders of videos
     multimodal_positions: bool = False  # M-RoPE: position ids of the language model tell places in images
     has_unpad: bool = False  # takes the option `unpad`
@@ -309,8 +307,9 @@ def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if call.prunes:
             _refuse(call)
     forward = encoder_forward if any(tower.encoder is self for tower in patch.towers) else type(self).forward
+    return_dict = kwargs.pop("return_dict", None)
     with open_call(call):
-        output = forward(self, *args, **kwargs)
+        output = forward(self, *args, **kwargs, return_dict=True)
     if call.prunes and call.plan is None and patch.language_model is not None:
         raise RuntimeError(
             f"model: expected {type(patch.language_model).__name__} to run as patched, but its forward was replaced; "
@@ -320,9 +319,30 @@ def host_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         run.check_selected()
     if call.runs:
         patch.last = [selection for run in call.runs for selection in _selections(run)]
-    if not call.prunes or encoded is not None:  # `generate` reads no features
-        return output
-    return patch.family.finish(call, output)
+    if call.prunes and encoded is None:  # `generate` reads no features
+        _drop_unseen_features(call, output)
+    return output if (patch.host.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+
+
+def _drop_unseen_features(call: Call, output: Any) -> None:
+    """Of the features that come with the output those stay which the language model saw."""
+    for run in call.runs:
+        kind = "video" if run.video else "image"
+        encoded, name = getattr(output, f"{kind}_outputs", None), "pooler_output"
+        if encoded is None:  # transformers before 5.24, where some models have an attribute for them
+            encoded, name = output, f"{kind}_hidden_states"
+        features = getattr(encoded, name, None)
+        if features is not None:
+            setattr(encoded, name, _seen_rows(features, run.kept()))
+
+
+def _seen_rows(features: Any, kept: Tensor) -> Any:
+    """The rows that stay, in the form that the features have: [P, C], [images, P, C], or a list or tuple of [P, C]."""
+    if isinstance(features, Tensor) and features.ndim == 2:
+        return features[kept.to(features.device)]
+    rows = kept.split([len(image) for image in features])
+    seen = [image[row.to(image.device)] for image, row in zip(features, rows)]
+    return torch.stack(seen) if isinstance(features, Tensor) else type(features)(seen)
 
 
 def _selections(run: EncoderRun) -> list[Selection]:

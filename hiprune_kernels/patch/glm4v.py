@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
-
-from torch import nn
-from transformers import GenerationMixin
 
 from . import qwen_vl
-from .edits import Edits
 from .encoders import Call, EncoderRun
 
 _QWEN2 = qwen_vl.FAMILIES["qwen2_vl"]
@@ -26,22 +21,11 @@ def _video_token(call: Call) -> int:
     return config.video_token_id if call.arguments.get("input_ids") is None else config.image_token_id
 
 
-def _expand_multimodal_outputs(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """transformers' own for all models: GLM's repeats image by image, but in the beams prompts follow one another."""
-    return GenerationMixin._expand_multimodal_outputs(self, *args, **kwargs)
-
-
-def _install(edits: Edits, model: nn.Module, host: nn.Module) -> None:
-    _QWEN2.install(edits, model, host)
-    edits.set_method(model, "_expand_multimodal_outputs", _expand_multimodal_outputs)  # which 5.16 and 5.17 never call
-
-
 _GLM4V = replace(
     _QWEN2,
     name="GLM-4.1V (Glm4vForConditionalGeneration)",
     layout=_layout,
     video_token=_video_token,
-    install=_install,
     notes="the budget is shared out equally among a video's frames; a call takes images or videos, not both",
 )
 

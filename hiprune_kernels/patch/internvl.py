@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
 
+from . import llava
 from .encoders import Call, EncoderRun, ModelFamily
-from .llava import TEXT_MODELS, finish_llava, llava_host, rows_before_grid, vision_feature_layer
+from .llava import llava_host, rows_before_grid, vision_feature_layer
 
-_TEXT_MODELS = (*TEXT_MODELS, "qwen3")
+TEXT_MODELS = (*llava.TEXT_MODELS, "qwen3")
 
 
 def _check(host: nn.Module) -> None:
     vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
     if vision != "internvl_vision":
         raise ValueError(f"model: expected a vision tower of type internvl_vision, got {vision!r}")
-    if text not in _TEXT_MODELS:
-        raise ValueError(f"model: expected a text model of type {', '.join(_TEXT_MODELS)}, got {text!r}")
+    if text not in TEXT_MODELS:
+        raise ValueError(f"model: expected a text model of type {', '.join(TEXT_MODELS)}, got {text!r}")
 
 
 def _check_call(call: Call) -> None:
@@ -47,15 +47,6 @@ def _layout(call: Call, run: EncoderRun) -> None:
     run.grids = [(length, length)] * len(run.grids)
 
 
-def _finish(call: Call, output: Any) -> Any:
-    """`image_hidden_states` keep the rows that the language model saw only: [tiles, budget, C]."""
-    output, tiles = finish_llava(call, output), len(call.runs[0].grids)
-    if isinstance(output, tuple):
-        return (*output[:-1], output[-1].unflatten(0, (tiles, -1)))
-    output.image_hidden_states = output.image_hidden_states.unflatten(0, (tiles, -1))
-    return output
-
-
 FAMILIES = {
     "internvl": ModelFamily(
         name="InternVL (InternVLForConditionalGeneration)",
@@ -67,7 +58,6 @@ FAMILIES = {
         layout=_layout,
         connector=lambda host: host.multi_modal_projector,
         language_model=lambda host: host.language_model,
-        finish=_finish,
         budget_per="tile",
         notes="an image's tiles and a video's frames count as images of their own",
     ),

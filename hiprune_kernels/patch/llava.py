@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from .encoders import Call, ModelFamily
 
@@ -57,21 +57,6 @@ def check_strategy(call: Call) -> None:
         raise ValueError(f'vision_feature_select_strategy: expected "full", as {tower} has no CLS token, got "default"')
 
 
-def finish_llava(call: Call, output: Any) -> Any:
-    """`image_hidden_states` and `video_hidden_states` keep the rows that the language model saw only."""
-    kept = {"video_hidden_states" if run.video else "image_hidden_states": run.kept() for run in call.runs}
-
-    def seen(states: Tensor, rows: Tensor) -> Tensor:
-        return states.reshape(-1, states.shape[-1])[rows.to(states.device)]
-
-    if isinstance(output, tuple):
-        first = len(output) - len(kept)
-        return (*output[:first], *(seen(states, rows) for states, rows in zip(output[first:], kept.values())))
-    for name, rows in kept.items():
-        setattr(output, name, seen(getattr(output, name), rows))
-    return output
-
-
 FAMILIES = {
     "llava": ModelFamily(
         name="LLaVA-1.5 (LlavaForConditionalGeneration)",
@@ -82,6 +67,5 @@ FAMILIES = {
         feature_layer=vision_feature_layer,
         connector=lambda host: host.multi_modal_projector,
         language_model=lambda host: host.language_model,
-        finish=finish_llava,
     ),
 }

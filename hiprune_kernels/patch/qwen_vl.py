@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from .decoder import live_plan
-from .edits import Edits
 from .encoders import ModelFamily
 from .llava import llava_host
 
@@ -23,45 +20,6 @@ def _check(host: nn.Module) -> None:
         )
 
 
-def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
-    """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
-    plan = live_plan(kwargs["past_key_values"])
-    if plan is None or plan.rope_deltas is None:
-        return type(self).compute_3d_position_ids(self, **kwargs)
-    embeds = kwargs["inputs_embeds"]
-    batch, new = embeds.shape[:2]
-    plan.check_batch(batch)
-    text = plan.text_positions(kwargs["attention_mask"], kwargs["past_key_values"].get_seq_length(), new)
-    return (text.to(embeds.device) + plan.rope_deltas.to(embeds.device)).expand(3, batch, new)
-
-
-class _FullLength:
-    """Stands for a pruned cache where stock code asks how much of a prompt is in it."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-def _prepare_position_ids_for_generation(
-    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
-) -> Tensor:
-    """Stock, which looks behind what is cached for new images, and is to count the pruned tokens as cached."""
-    cache = model_kwargs.get("past_key_values")
-    plan = live_plan(cache)
-    if plan is not None:
-        model_kwargs = {**model_kwargs, "past_key_values": _FullLength(cache.get_seq_length() + plan.gone)}
-    return type(self)._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
-
-
-def _install(edits: Edits, model: nn.Module, host: nn.Module) -> None:
-    edits.set_method(host, "compute_3d_position_ids", compute_3d_position_ids)
-    if model is not host:
-        edits.set_method(model, "_prepare_position_ids_for_generation", _prepare_position_ids_for_generation)
-
-
 _QWEN2 = ModelFamily(
     name="Qwen2-VL (Qwen2VLForConditionalGeneration)",
     host=llava_host,
@@ -70,7 +28,6 @@ _QWEN2 = ModelFamily(
     feature_layer=lambda host, arguments: host.config.vision_config.depth,
     connector=lambda host: host.visual.merger,
     language_model=lambda host: host.language_model,
-    install=_install,
     multimodal_positions=True,
     budget_per="image or video",
 )

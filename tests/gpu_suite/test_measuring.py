@@ -11,6 +11,7 @@ import torch
 
 import hiprune_kernels as hk
 from hiprune_kernels import reference
+from hiprune_kernels.patch.decoder import CACHE
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -533,9 +534,7 @@ def test_a_pruned_prefill_with_wrong_logits_is_not_timed(suite, context, monkeyp
     with pytest.raises(RuntimeError, match="pruned prefill: the logits are off"):
         case.rows()
     cache = SimpleNamespace(get_seq_length=lambda: 5)
-    monkeypatch.setattr(
-        suite.llava._Llava, "prefill", lambda *x: prefill(*x) and SimpleNamespace(past_key_values=cache, logits=None)
-    )
+    monkeypatch.setattr(suite.llava._Llava, "prefill", lambda *x: prefill(*x) and {CACHE: cache})
     with pytest.raises(RuntimeError, match="expected 60 tokens in the cache, got 5"):
         case.rows()
 

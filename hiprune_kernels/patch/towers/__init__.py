@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -13,15 +9,7 @@ from torch import nn
 from . import qwen, vit
 from .family import EncoderFamily, Grid
 
-__all__ = [
-    "ENCODERS",
-    "EncoderFamily",
-    "Grid",
-    "find_encoder",
-    "locate_layers",
-    "source_digest",
-    "warn_unknown_sources",
-]
+__all__ = ["ENCODERS", "EncoderFamily", "Grid", "find_encoder", "locate_layers"]
 
 ENCODERS = {**vit.FAMILIES, **qwen.FAMILIES}  # config.model_type of the vision encoder -> family
 
@@ -59,24 +47,3 @@ def _descend(module: nn.Module, path: str) -> Any:
         return module.get_submodule(path)
     except AttributeError:
         return None
-
-
-def warn_unknown_sources(family: EncoderFamily, layer: nn.Module) -> None:
-    """Warn if the stock forwards that the feature layer stands in for are not the known ones."""
-    for path, known in family.stock_sources.items():
-        forward = type(layer.get_submodule(path)).forward
-        if source_digest(forward) not in known:
-            warnings.warn(
-                f"hiprune_kernels computes {forward.__qualname__} by itself in the feature layer, and the installed "
-                "transformers has a version of it that was never compared with ours: check the outputs, or use a "
-                "transformers release that hiprune_kernels was tested with",
-                stacklevel=5,  # where apply_hiprune was called
-            )
-
-
-def source_digest(function: Callable[..., Any]) -> str:
-    """A short digest of a function's source text; empty where there is no source to read."""
-    try:
-        return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return ""

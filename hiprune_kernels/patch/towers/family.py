@@ -27,7 +27,7 @@ class EncoderFamily:
     project: Callable[..., Attention]  # (layer, hidden_states, the layer's other arguments) -> queries, keys, values
     finish: Callable[[nn.Module, Tensor, Tensor], Tensor]  # (layer, hidden states, attention output) of rows -> states
     grids: Callable[[Any, dict[str, Any]], list[Grid]]  # (config, the encoder's arguments) -> token grid of each image
-    stock_sources: dict[str, tuple[str, ...]]  # what `project` and `finish` re-implement: path -> known digests
+    computed: tuple[str, ...] = ()  # paths of what else than a layer and its attention they compute, not merely call
     not_in: tuple[str, ...] = ()  # classes of modules with such layers that are no vision encoder
     num_prefix_tokens: Callable[[Any], int] = lambda config: 0  # leading rows (CLS, registers): never candidates
     object_share: float = 9 / 24  # default object layer as a share of the depth: layer 9 of CLIP-L's 24

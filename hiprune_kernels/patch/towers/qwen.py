@@ -64,9 +64,8 @@ _QWEN2 = EncoderFamily(
     object_share=16 / 32,
     official_rule="official_qwen",
     official_means=False,
-    stock_sources={"": ("c68a8532e7df1519",), "attn": ("2afc2f9fa3ebd677",)},
 )
-_QWEN3 = replace(_QWEN2, name="Qwen3-VL", stock_sources={"": ("681e62f9206787af",), "attn": ("2afc2f9fa3ebd677",)})
+_QWEN3 = replace(_QWEN2, name="Qwen3-VL")
 
 # config.model_type of the vision encoder -> family
 FAMILIES = {

@@ -38,7 +38,6 @@ _SIGLIP = EncoderFamily(
     project=partial(_plain_project, path="self_attn", norm="layer_norm1", scale="scale"),
     finish=partial(finish_layer, output="self_attn.out_proj", norm="layer_norm2"),
     grids=image_grids,
-    stock_sources={"": ("22f28409c86c589b", "e2aec042a10f7e92"), "self_attn": ("66b32085cb786718",)},
     notes="SigLIP 2 of a fixed resolution too",
 )
 _VIT = EncoderFamily(
@@ -49,7 +48,6 @@ _VIT = EncoderFamily(
     finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after", drop="dropout"),
     grids=image_grids,
     num_prefix_tokens=lambda config: 1,
-    stock_sources={"": ("33a0d8fea42bee15",), "attention": ("54ffa42620ce6e40",)},
 )
 
 # -------------------------------------------------------------------------------------------------------------- DINOv2
@@ -68,7 +66,6 @@ _DINO = EncoderFamily(
     finish=_dino_finish,
     grids=image_grids,
     num_prefix_tokens=lambda config: 1,
-    stock_sources={"": ("8bc4464926131039",), "attention": ("54ffa42620ce6e40",)},
 )
 
 
@@ -89,12 +86,7 @@ if hasattr(modeling_dinov2, "Dinov2SelfAttention"):  # transformers before 5.18
         attention="attention.attention",
         project=_dino_project_before_518,
         finish=_dino_finish_before_518,
-        stock_sources={
-            "": ("d16dd36a9c429bf1", "07ab6acd36ef560d"),  # without and with registers
-            "attention": ("5e55886bb0f86a88",),
-            "attention.attention": ("3b4843d44666499d",),
-            "attention.output": ("c70c646c36bf6a70",),
-        },
+        computed=("attention", "attention.output"),
     )
 
 # ------------------------------------------------------------------------------------------------------------ V-JEPA 2
@@ -140,7 +132,6 @@ FAMILIES = {
         _SIGLIP,
         name="CLIP",
         num_prefix_tokens=lambda config: 1,
-        stock_sources={"": ("9c77f9ba2eeb4169", "75b63a9d281a8af0"), "self_attn": ("45fb45ce967c253b",)},
         notes="",
     ),
     "siglip_vision_model": _SIGLIP,
@@ -166,7 +157,6 @@ FAMILIES = {
         finish=partial(finish_layer, output="attention.proj", norm="norm2", drop="drop_path"),
         grids=_video_grids,
         returns_tuple=True,
-        stock_sources={"": ("d19a8e5f7ae0edfc",), "attention": ("ea82d862af8aa333",)},
     ),
     "internvl_vision": EncoderFamily(
         name="InternVL",
@@ -177,7 +167,6 @@ FAMILIES = {
         grids=image_grids,
         num_prefix_tokens=lambda config: 1,
         full_shape=True,
-        stock_sources={"": ("89b20d4de9a92bf8", "669cf6d027dd95db"), "attention": ("5660dd73dd5b6fe9",)},
         notes="pruned as a part of InternVL, not by itself",
     ),
 }
