@@ -76,13 +76,13 @@ def plan(
 ) -> Plan:
     """The table, as measured on an H200 (bench/results/gpu_h200.md). Elsewhere the same blocks are assumed to be best.
 
-    Of 11 shapes of tiles, 64 x 64 with 4 warps and 3 stages were the fastest or within 5% of it for every kernel and
-    shape that was tried (577 x 64, 729 x 72, 2048 x 64 and 4096 x 80, batches of 1 to 32). With D = 72 and 80 eight
+    Of 11 shapes of tiles, 64 x 64 with 4 warps and 3 stages were the fastest or within 5% of it for nearly every kernel
+    and shape that was tried (577 x 64, 729 x 72, 2048 x 64 and 4096 x 80, batches of 1 to 32). With D = 72 and 80 eight
     warps took up to twice as long: their registers let one block at a time onto a multiprocessor.
 
-    Paths on an H200, output and scores: strip is 1.5 times as fast as sweeps with 50 keys, and slower with 198. passes
-    are up to 7% faster than sweeps from 577 keys on. cuDNN's attention makes up for its conversions where D is above
-    64 or there are 1024 keys: 5% (2048 x 64), 8% (729 x 72) and 12% (4096 x 80) less than passes.
+    Paths on an H200, output and scores: strip takes two thirds of the time of sweeps with 50 keys, and as long as they
+    with 198. From 577 keys on passes take up to 9% less than sweeps. cuDNN's attention with a scores pass takes 0 to
+    15% less than passes from 198 keys on, in batches of 1 to 64, and never more.
 
     Args:
         M, N: queries and keys; of no account where `packed`, since lengths then stand on the device.
@@ -93,6 +93,8 @@ def plan(
     Example:
         >>> plan(577, 577, 16, 64, torch.bfloat16, 90).path, plan(50, 50, 12, 64, torch.bfloat16, 90).path
         ('passes', 'strip')
+        >>> plan(577, 577, 16, 64, torch.bfloat16, 90, borrow=True).path
+        'cudnn'
     """
     half = dtype != torch.float32
     if half and D <= 128:
@@ -111,7 +113,7 @@ def plan(
             path = "passes"  # sweeps would need a slot per block of the longest sequence, which the host does not know
         elif half and D <= 128 and _split_head_dim(D)[1] == 0 and N <= 128:  # a strip's head dimension is one tile
             path = "strip"
-        elif borrow and borrowed == "cudnn" and (D > 64 or N >= 1024):
+        elif borrow and borrowed == "cudnn":
             path = "cudnn"
         elif borrow and borrowed == "flash" and N > 1024 and heads * cdiv(M, 64) >= 256:
             # It splits the keys, by a rule that counts the batch, only where one block per 64 queries leaves
