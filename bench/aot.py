@@ -164,7 +164,8 @@ def _compile_here(name: str, architectures: list[int]) -> None:
         print(json.dumps([architecture, line, time.perf_counter() - began]), flush=True)
 
 
-_LOW = re.compile(r"UIADD3 UR\d+, (UP\d), (UR\d+), .*?;")
+_LOW = re.compile(r"UIADD3 (UR\d+), (UP\d), (UR\d+), .*?;")
+_WRITTEN = re.compile(r"\b([A-Z][\w.]*) UR(\d+),")
 _HIGH = re.compile(r"UIADD3\.X UR\d+, (UR\d+), .*?, (UP\d), !UPT ;")
 
 
@@ -176,12 +177,15 @@ def torn_addresses(code: str) -> list[str]:
     """
     found, low = [], {}  # predicate with the carry -> the instruction that sets it, and the register it reads
     for line in code.splitlines():
-        if (match := _LOW.search(line)) is not None:
-            low[match[1]] = match[0], match[2]
-        elif (match := _HIGH.search(line)) is not None and match[2] in low:
+        if (match := _HIGH.search(line)) is not None and match[2] in low:
             instruction, register = low.pop(match[2])
             if register == match[1]:
                 found.append(f"{instruction} {match[0]}")
+        if (match := _WRITTEN.search(line)) is not None:  # what is read from the register behind this is something else
+            written = {f"UR{int(match[2]) + i}" for i in range(2 if ".64" in match[1] else 1)}
+            low = {carry: entry for carry, entry in low.items() if entry[1] not in written}
+        if (match := _LOW.search(line)) is not None and match[1] != match[3]:
+            low[match[2]] = match[0], match[3]
     return found
 
 

@@ -113,9 +113,20 @@ WHOLE = """
         /*1320*/                   UIADD3.X UR7, UR6, -0x7fffffe0, URZ, UP0, !UPT ;
         /*1330*/                   UIADD3.X UR9, UR5, -0x7fffffe0, URZ, UP1, !UPT ;
 """
+REUSED = """
+        /*0b90*/                   UIADD3 UR7, UP0, UR4, 0x2, URZ ;
+        /*0bb0*/                   UMOV UR4, URZ ;
+        /*0bd0*/                   UIADD3.X UR6, UR4, 0x40000040, URZ, UP0, !UPT ;
+        /*0be0*/                   UIADD3 UR7, UP0, UR5, 0x2, URZ ;
+        /*0bf0*/                   UIADD3.64 UR4, UR14, 0x2, URZ ;
+        /*0c00*/                   UIADD3.X UR6, UR5, 0x40000040, URZ, UP0, !UPT ;
+        /*0c10*/                   UIADD3 UR4, UP0, UR4, 0x20, URZ ;
+        /*0c20*/                   UIADD3.X UR5, UR4, 0x40000040, URZ, UP0, !UPT ;
+"""
 
 
 def test_a_miscompiled_address_is_found(aot):
     assert len(aot.torn_addresses(TORN)) == 1
     assert "UR4, UP0, UR7" in aot.torn_addresses(WHOLE + TORN)[0]
     assert aot.torn_addresses(WHOLE) == []
+    assert aot.torn_addresses(REUSED) == []  # the registers hold something else by then

@@ -280,7 +280,7 @@ def attention(
         "group": heads // heads_k,
         "M": M,
         "N": N,
-        "logit_scale": max(abs(scale) * LOG2_E, 2.0**-126),
+        "logit_scale": min(max(abs(scale) * LOG2_E, 2.0**-126), 2.0**127),  # finite float32, so that 0 times it is 0
     }
     lengths = {"lengths_q_ptr": cu_seqlens_q, "lengths_k_ptr": cu_seqlens_k, "segments": segments}
     values = {

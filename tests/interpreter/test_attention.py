@@ -91,6 +91,18 @@ def test_any_scale(scale, path):
 
 
 @each_path
+@pytest.mark.parametrize("factor, scale", [(2.5e10, 1.0), (1e-36, 1e38), (1e-36, 3e38)])
+def test_extreme_logits(factor, scale, path):
+    """The largest is far ahead, in logits of 1e10 and with a scale that log2(e) times is no float32."""
+    query = torch.full((1, 1, 1, 1), factor)
+    key = torch.tensor([1.0, 0.5, -1.0, 0.9])[None, None, :, None]
+    output, scores = attend(query, key, key, scale=scale, path=path)
+    assert torch.equal(scores.isnan(), torch.zeros(1, 4, dtype=torch.bool))
+    assert torch.equal(scores.round(), torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert output.round() == 1.0
+
+
+@each_path
 def test_large_logits(path):
     """Logits of some hundreds: exp2(logit - log-sum-exp) would be ten times as far off as PyTorch's softmax.
 
