@@ -58,7 +58,7 @@ def answer(model, inputs):
 # -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.fixture(scope="module", params=["llava", "next", "qwen2.5"])
+@pytest.fixture(scope="module", params=["llava", "llava_next", "qwen2_5_vl"])
 def case(request):
     """A stock model and inputs with images for it."""
     return VLM_CASES[request.param]()

@@ -344,7 +344,9 @@ def test_beams(kind, stock, patched, name):
     inputs = named_batch(kind, name)
     if kind.startswith("glm") and "video_grid_thw" in inputs and hasattr(stock, "_expand_multimodal_outputs"):
         for model in (stock, patched):  # transformers from 5.18 on takes GLM's videos for none
-            with pytest.raises(ValueError, match="expected a non-empty list of Tensors"):
+            with pytest.raises(
+                ValueError, match=r"expected a non-empty list of Tensors|the beams of transformers 5.18.0"
+            ):
                 new_tokens(model, inputs, num_beams=3)
         return
     expected = [beam_search(stock, row, COUNT, width=3)[:2] for row in reference_rows(stock, inputs)]

@@ -91,32 +91,35 @@ def _prefill(
 
 
 def _maybe_prepare_encoder_kwargs_for_generation(
-    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    self: nn.Module,
+    inputs_tensor: Tensor,
+    model_kwargs: dict[str, Any],
+    model_input_name: str | None,
+    generation_config: Any,
+    **kwargs: Any,
 ) -> dict[str, Any]:
     """Stock from transformers 5.18 on: images are encoded ahead of the prefill, once for all beams.
 
     What was selected in them travels with their features to the forward that prunes.
     """
+    repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+    if repeats > 1 and has_images(model_kwargs) and wrong_beams(self.config.model_type):
+        raise ValueError(
+            f"num_beams: the beams of transformers {transformers.__version__} itself are wrong for a "
+            f"{type(self).__name__} with images; install another, or leave num_beams and num_return_sequences at 1"
+        )
     call = Call(self.base_model.__dict__[PATCH], dict(model_kwargs), prompts=len(inputs_tensor))
     with open_call(call):
         encode = type(self)._maybe_prepare_encoder_kwargs_for_generation
-        model_kwargs = encode(self, inputs_tensor, model_kwargs, *args, **kwargs)
+        model_kwargs = encode(self, inputs_tensor, model_kwargs, model_input_name, generation_config, **kwargs)
     if call.runs:
         model_kwargs["mm_encoder_outputs"][ENCODED] = call
     return model_kwargs
 
 
-def _expand_multimodal_outputs(
-    self: nn.Module, input_ids: Tensor, mm_encoder_output: dict[str, Any], expand_size: int = 1, **kwargs: Any
-) -> dict[str, Any]:
+def _expand_multimodal_outputs(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """transformers' own for all models: GLM's repeats image by image, but in the beams prompts follow one another."""
-    call = mm_encoder_output.get(ENCODED)
-    if call is not None and call.prunes and expand_size > 1 and wrong_beams(self.config.model_type):
-        raise ValueError(
-            f"num_beams: the beams of transformers {transformers.__version__} itself are wrong for a "
-            f"{type(self).__name__} with images; install another, or leave num_beams and num_return_sequences at 1"
-        )
-    return GenerationMixin._expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size, **kwargs)
+    return GenerationMixin._expand_multimodal_outputs(self, *args, **kwargs)
 
 
 # -------------------------------------------------------------------------------------------------- positions of M-RoPE
