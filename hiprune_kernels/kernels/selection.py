@@ -247,7 +247,9 @@ def select_kernel(
 _IMAGES = 16  # different images per launch: their sizes are kernel arguments, and 16 of them cost little time to pass
 _ROWS = 8  # gathered at a time
 _COLUMN_BYTES = 2048  # of each of them
-_PROGRAMS = 64  # each repeats the selection: more of them copy rows faster, up to about half an H200's multiprocessors
+# In all programs of a launch. Each repeats the selection, and more of them copy rows faster: as measured on an H200, up
+# to 256 programs of 4 warps (576 tokens), 64 of 16 (4096) and 32 to 64 of 32 (16384).
+_MOST_WARPS = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -326,7 +328,7 @@ def _select(
             continue
         parts = 1
         if source is not None:
-            parts = min(cdiv(part.budget, _ROWS), max(1, _PROGRAMS // part.count))
+            parts = min(cdiv(part.budget, _ROWS), max(1, _MOST_WARPS // (_warps(part.tokens) * part.count)))
         rows = cdiv(cdiv(part.budget, parts), _ROWS) * _ROWS
         arguments = {
             "object_ptr": object_scores,

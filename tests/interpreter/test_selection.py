@@ -19,7 +19,7 @@ DEFAULTS = {"alpha": 0.1, "rule": "paper", "neighborhood": "cross", "keep_roles"
 @pytest.fixture
 def few_programs(monkeypatch):
     """The interpreter runs one program after another, and each does the whole selection."""
-    monkeypatch.setattr(selection, "_PROGRAMS", 2)
+    monkeypatch.setattr(selection, "_MOST_WARPS", 8)  # 4 each
 
 
 def launcher_arguments(options):
@@ -228,7 +228,7 @@ def test_any_strides():
 @pytest.mark.parametrize("programs", [1, 2, 3, 256])
 def test_rows_shared_out_to_programs(programs, monkeypatch):
     """Several programs per image, several rounds per program, rows wider than a round."""
-    monkeypatch.setattr(selection, "_PROGRAMS", programs)
+    monkeypatch.setattr(selection, "_MOST_WARPS", 4 * programs)
     features = torch.randn(1, 100, 300, dtype=torch.float64)
     check(features, torch.rand(1, 100), torch.rand(1, 100), {"grid": (10, 10), "budget": 93})
     options = {"grids": [(10, 5), (5, 10)], "budgets": [50, 3]}
