@@ -113,7 +113,7 @@ def plan(
             path = "passes"  # sweeps would need a slot per block of the longest sequence, which the host does not know
         elif half and D <= 128 and _split_head_dim(D)[1] == 0 and N <= 128:  # a strip's head dimension is one tile
             path = "strip"
-        elif borrow and borrowed == "cudnn":
+        elif borrow and borrowed == "cudnn" and D >= 64:  # below it was not measured
             path = "cudnn"
         elif borrow and borrowed == "flash" and N > 1024 and heads * cdiv(M, 64) >= 256:
             # It splits the keys, by a rule that counts the batch, only where one block per 64 queries leaves

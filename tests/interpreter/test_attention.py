@@ -385,6 +385,7 @@ def test_the_table():
     assert plan(577, 577, 16, 64, half, 90).path == "passes"
     assert plan(50, 50, 12, 64, half, 90, borrow=True).path == "strip"
     assert plan(198, 198, 12, 64, half, 90, borrow=True).path == "cudnn"
+    assert plan(198, 198, 12, 40, half, 90, borrow=True).path == "sweeps"
     assert plan(577, 577, 16, 64, half, 90, borrow=True).path == "cudnn"
     assert plan(577, 577, 16, 72, full, 90).path == "passes"
     assert plan(1, 4096, 16, 64, half, 90).path == "passes"
