@@ -359,9 +359,9 @@ def test_the_flash_attn_package(monkeypatch, M, N, causal):
     assert output.transpose(1, 2).is_contiguous()
 
 
-@pytest.mark.parametrize("scale, borrowed", [(None, True), (0.2, True), (0.0, False), (-0.2, False)])
-def test_only_positive_scales_are_borrowed(monkeypatch, scale, borrowed):
-    query = torch.empty(1, 16, 2048, 64, dtype=torch.float16, device="meta")
+@pytest.fixture
+def borrowed_paths(monkeypatch):
+    """Which attention a call of 2048 keys borrows, without running anything."""
     paths = []
 
     def borrow(path, query, *rest):
@@ -369,10 +369,49 @@ def test_only_positive_scales_are_borrowed(monkeypatch, scale, borrowed):
         return query, query[..., 0].float()
 
     monkeypatch.setattr(launcher, "_borrowed", borrow)
-    settings = (scale, False, False, 1.0)
-    tensors = (query, query, query, None, None, None, None)
-    launcher.attention(*tensors, *settings, architecture=80, launch=lambda *launch: None)
-    assert paths == ["flash"] * borrowed
+
+    def call(architecture, dtype=torch.float16, scale=None, causal=False, keys=2048, **masks):
+        query = torch.empty(1, 16, 2048, 64, dtype=dtype, device="meta")
+        key = torch.empty(1, 16, keys, 64, dtype=dtype, device="meta")
+        tensors = (query, key, key, None, None, masks.get("key_mask"), None)
+        settings = (scale, causal, False, 1.0)
+        launcher.attention(*tensors, *settings, architecture=architecture, launch=lambda *launch: None)
+        return paths[-1] if paths else None
+
+    return call
+
+
+@pytest.mark.parametrize("scale, borrowed", [(None, True), (0.2, True), (0.0, False), (1e-31, False), (-0.2, False)])
+def test_only_positive_scales_are_borrowed(borrowed_paths, scale, borrowed):
+    assert borrowed_paths(80, scale=scale) == ("flash" if borrowed else None)
+
+
+def test_cudnn_is_borrowed_where_pytorch_lets_it(monkeypatch, borrowed_paths):
+    asked = []
+
+    def can_use(parameters):
+        asked.append(parameters)
+        return len(asked) > 1
+
+    monkeypatch.setattr(launcher, "can_use_cudnn_attention", can_use)
+    assert borrowed_paths(90) is None
+    assert borrowed_paths(90) == "cudnn"
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"dtype": torch.float32},
+        {"causal": True, "keys": 2100},
+        {"key_mask": torch.ones(1, 2048, dtype=torch.bool, device="meta")},
+    ],
+    ids=["float32", "causal of unequal lengths", "masked"],
+)
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_what_is_never_borrowed(monkeypatch, borrowed_paths, architecture, call):
+    monkeypatch.setattr(launcher, "can_use_cudnn_attention", lambda parameters: True)
+    assert borrowed_paths(architecture, **call) is None
 
 
 def test_the_table():
