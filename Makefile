@@ -20,7 +20,7 @@ demo: $(SETUP)
 	$(BIN)/hiprune demo --out out/demo $(ARGS)
 
 test: $(SETUP)
-	$(BIN)/python -m pytest --require-ext $(ARGS)
+	$(BIN)/python -m pytest --require-ext --numprocesses auto --dist worksteal $(ARGS)
 
 matrix: $(SETUP)
 	.ci/matrix $(ARGS)
@@ -34,6 +34,7 @@ gpu:
 lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror csrc/*
 
 wheel: $(SETUP)
 	HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-cache-dir --no-deps --wheel-dir dist .
@@ -47,7 +48,7 @@ $(SETUP): pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/pip install --quiet torch
-	PYTHONWARNINGS=ignore HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff
+	PYTHONWARNINGS=ignore HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff clang-format
 	@touch $@
 
 clean:

@@ -98,7 +98,7 @@ struct Problem {
 
 struct Segment {
   const char *query, *key, *value;
-  char* output;  // null where only scores are asked for
+  char* output;   // null where only scores are asked for
   float* scores;  // of head 0, the next head's `score_head` floats further
   int64_t score_head;
   const bool* query_mask;  // may be null
@@ -253,8 +253,7 @@ Plan make_plan(const Problem& problem, const Kernels& kernels, const std::vector
     const int64_t key_floats = round_up(segment.visible, kLine) * ceil_div(problem.depth, kernels.packing);
     const int64_t value_floats =
         segment.output ? round_up(problem.depth, kLine) * ceil_div(segment.visible, kernels.packing) : 0;
-    const int64_t slots_floats =
-        problem.want_scores ? problem.group() * segment.chunks() * segment.slot_floats() : 0;
+    const int64_t slots_floats = problem.want_scores ? problem.group() * segment.chunks() * segment.slot_floats() : 0;
     const int64_t floats = key_floats + value_floats + slots_floats;
     plan.strip_floats = std::max(plan.strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
     for (int64_t head = 0; head < problem.key_heads; ++head) {
@@ -366,8 +365,8 @@ void check(const Tensor& tensor, const char* name, int64_t dim, const Tensor& qu
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": expected a tensor on the CPU");
   STD_TORCH_CHECK(tensor.dim() == dim, name, ": expected ", dim, " dimensions, got ", tensor.dim());
   STD_TORCH_CHECK(tensor.scalar_type() == query.scalar_type(), name, ": expected the dtype of query");
-  STD_TORCH_CHECK(tensor.stride(dim - 1) == 1 || tensor.size(dim - 1) == 1,
-                  name, ": expected a contiguous last dimension, got stride ", tensor.stride(dim - 1));
+  STD_TORCH_CHECK(tensor.stride(dim - 1) == 1 || tensor.size(dim - 1) == 1, name,
+                  ": expected a contiguous last dimension, got stride ", tensor.stride(dim - 1));
 }
 
 void check_size(const Tensor& tensor, const char* name, int64_t dim, int64_t expected) {

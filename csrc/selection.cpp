@@ -230,7 +230,7 @@ __attribute__((target("avx2"))) void select_avx2(const Plan& plan, const Task<Sc
 }
 template <class Score>
 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void select_avx512(const Plan& plan,
-                                                                                const Task<Score>& task) {
+                                                                                 const Task<Score>& task) {
   select_image(plan, task);
 }
 #endif
@@ -289,8 +289,8 @@ class Layout {
     const int64_t sizes[3] = {images_, size, width}, strides[3] = {size * step, step, 1};
     const int64_t skip = dense_ ? 0 : 1, dims = 2 - skip + (channels ? 1 : 0);
     AtenTensorHandle handle;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes + skip, strides + skip, dtype,
-                                                           aoti_torch_device_type_cpu(), 0, &handle));
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dims, sizes + skip, strides + skip, dtype, aoti_torch_device_type_cpu(), 0, &handle));
     return Tensor(handle);
   }
 
@@ -309,12 +309,12 @@ void select_images(const Layout& layout, const Plan& plan, const Tensor& object_
   parallel_over(layout.images(), 1, [&](int64_t begin, int64_t end) {
     const auto keys = std::make_unique_for_overwrite<KeyOf<Score>[]>(most);
     for (int64_t b = begin; b < end; ++b)
-      select_one(plan, {layout.image(b), layout.row<Score>(object_scores, b, layout.prefix()),
-                        layout.row<Score>(deep_scores, b, layout.prefix()),
-                        candidate_mask ? layout.row<bool>(*candidate_mask, b, 0) : Row<bool>{nullptr, 0},
-                        layout.index_base(b), keys.get(),
-                        static_cast<uint8_t*>(roles.data_ptr()) + layout.first_token(b),
-                        static_cast<int64_t*>(indices.data_ptr()) + layout.first_row(b)});
+      select_one(
+          plan, {layout.image(b), layout.row<Score>(object_scores, b, layout.prefix()),
+                 layout.row<Score>(deep_scores, b, layout.prefix()),
+                 candidate_mask ? layout.row<bool>(*candidate_mask, b, 0) : Row<bool>{nullptr, 0}, layout.index_base(b),
+                 keys.get(), static_cast<uint8_t*>(roles.data_ptr()) + layout.first_token(b),
+                 static_cast<int64_t*>(indices.data_ptr()) + layout.first_row(b)});
   });
 }
 
@@ -392,8 +392,9 @@ std::tuple<Tensor, Tensor, Tensor> prune_tokens(Tensor features, Tensor object_s
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(hiprune, m) {
-  m.def("_cpu_select_tokens(Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] plan, int isa) -> "
-        "(Tensor indices, Tensor roles)");
+  m.def(
+      "_cpu_select_tokens(Tensor object_scores, Tensor deep_scores, Tensor? candidate_mask, int[] plan, int isa) -> "
+      "(Tensor indices, Tensor roles)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(hiprune, CPU, m) {  // the other schemas: hiprune_kernels/ops/selection.py

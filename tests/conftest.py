@@ -19,6 +19,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.getoption("--require-ext") and not CPU_KERNELS:
         raise pytest.UsageError(f"--require-ext: {NO_CPU_KERNELS}")
+    if hasattr(config, "workerinput"):  # one of several processes, which the processors are shared out to
+        torch.set_num_threads(1)
 
 
 def pytest_report_header():

@@ -102,7 +102,7 @@ def _maybe_prepare_encoder_kwargs_for_generation(
 
     What was selected in them travels with their features to the forward that prunes.
     """
-    repeats = max(generation_config.num_beams, generation_config.num_return_sequences)
+    repeats = max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1)
     if repeats > 1 and has_images(model_kwargs) and wrong_beams(self.config.model_type):
         raise ValueError(
             f"num_beams: the beams of transformers {transformers.__version__} itself are wrong for a "
