@@ -258,7 +258,7 @@ def test_wrong_arguments_of_check_inputs_are_named(argument):
 
 def test_no_public_function_is_left_out():
     """Nor an argument of one."""
-    takes_a_model = {"is_patched", "last_selection", "remove_hiprune"}
+    takes_a_model = {"check_model", "is_patched", "last_selection", "remove_hiprune"}
     listed = {function.__name__ for function, _ in [*CALLS, (hk.check_inputs, CHECKED)]}
     assert listed | takes_a_model >= set(hk.__all__)
     for function, kinds in [*CALLS, (hk.check_inputs, CHECKED)]:

@@ -72,6 +72,9 @@ def check_model(model_or_type: nn.Module | str) -> Verdict:
         if model_or_type not in FAMILIES:
             raise ValueError(f"model_or_type: expected one of {', '.join(FAMILIES)}, got {model_or_type!r}")
         variant = (model_or_type, None, None)
+    elif not isinstance(model_or_type, transformers.PreTrainedModel):
+        got = type(model_or_type).__name__
+        raise TypeError(f"model_or_type: expected a transformers.PreTrainedModel or a model type, got {got}")
     else:
         family = _family(model_or_type)
         family.check(family.host(model_or_type))
