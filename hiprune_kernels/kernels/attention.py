@@ -37,7 +37,7 @@ from .attention_kernels import attention_kernel, reduce_kernel, scores_kernel, s
 LOG2_E = math.log2(math.e)  # the kernels work in base 2
 BORROWED = ("flash", "cudnn", "flash_attn")
 # Whose attention lends its output and LSE, by architecture. Flash attention 2 was written for the first three. On an
-# H200 cuDNN's is the fastest, and its bits never depended on the batch in 54 comparisons (six shapes, batches to 16).
+# H200 cuDNN's is the fastest, and its bits never depended on the batch in 52 comparisons (six shapes, batches to 16).
 BORROWED_ON = {80: "flash", 86: "flash", 89: "flash", 90: "cudnn"}
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -80,9 +80,9 @@ def plan(
     and shape that was tried (577 x 64, 729 x 72, 2048 x 64 and 4096 x 80, batches of 1 to 32). With D = 72 and 80 eight
     warps took up to twice as long: their registers let one block at a time onto a multiprocessor.
 
-    Paths on an H200, output and scores: strip takes two thirds of the time of sweeps with 50 keys, and as long as they
-    with 198. From 577 keys on passes take up to 9% less than sweeps. cuDNN's attention with a scores pass takes 0 to
-    15% less than passes from 198 keys on, in batches of 1 to 64, and never more.
+    Paths on an H200, output and scores, in CUDA graphs: strip takes two thirds of the time of sweeps with 50 keys, and
+    as long as they with 198. From 577 keys on passes take up to 9% less than sweeps. cuDNN's attention with a scores
+    pass takes 0 to 15% less than passes from 198 keys on, in batches of 1 to 64, and never more.
 
     Args:
         M, N: queries and keys; of no account where `packed`, since lengths then stand on the device.
@@ -113,7 +113,7 @@ def plan(
             path = "passes"  # sweeps would need a slot per block of the longest sequence, which the host does not know
         elif half and D <= 128 and _split_head_dim(D)[1] == 0 and N <= 128:  # a strip's head dimension is one tile
             path = "strip"
-        elif borrow and borrowed == "cudnn" and D >= 64:  # below it was not measured
+        elif borrow and borrowed == "cudnn" and 64 <= D <= 128:  # others were not measured
             path = "cudnn"
         elif borrow and borrowed == "flash" and N > 1024 and heads * cdiv(M, 64) >= 256:
             # It splits the keys, by a rule that counts the batch, only where one block per 64 queries leaves
@@ -188,7 +188,7 @@ def _borrowable(
     (_, heads, M, D), (_, heads_k, N, _) = query.shape, key.shape
     if not scale > 1e-30:  # it takes the largest logit before it scales, and 1 / scale must be finite here
         return False
-    if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8 or D > 128:
+    if query.dtype == torch.float32 or key_mask is not None or heads != heads_k or D % 8:
         return False
     if causal and M != N:  # aligned otherwise there
         return False

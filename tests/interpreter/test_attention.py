@@ -370,9 +370,9 @@ def borrowed_paths(monkeypatch):
 
     monkeypatch.setattr(launcher, "_borrowed", borrow)
 
-    def call(architecture, dtype=torch.float16, scale=None, causal=False, keys=2048, **masks):
-        query = torch.empty(1, 16, 2048, 64, dtype=dtype, device="meta")
-        key = torch.empty(1, 16, keys, 64, dtype=dtype, device="meta")
+    def call(architecture, dtype=torch.float16, scale=None, causal=False, keys=2048, D=64, **masks):
+        query = torch.empty(1, 16, 2048, D, dtype=dtype, device="meta")
+        key = torch.empty(1, 16, keys, D, dtype=dtype, device="meta")
         tensors = (query, key, key, None, None, masks.get("key_mask"), None)
         settings = (scale, causal, False, 1.0)
         launcher.attention(*tensors, *settings, architecture=architecture, launch=lambda *launch: None)
@@ -397,6 +397,15 @@ def test_cudnn_is_borrowed_where_pytorch_lets_it(monkeypatch, borrowed_paths):
     assert borrowed_paths(90) is None
     assert borrowed_paths(90) == "cudnn"
     assert len(asked) == 2
+
+
+@pytest.mark.parametrize(
+    "D, flash, cudnn", [(32, True, False), (128, True, True), (256, True, False), (60, False, False)]
+)
+def test_head_dimensions_that_are_borrowed(monkeypatch, borrowed_paths, D, flash, cudnn):
+    monkeypatch.setattr(launcher, "can_use_cudnn_attention", lambda parameters: True)
+    assert borrowed_paths(90, D=D) == ("cudnn" if cudnn else None)
+    assert (borrowed_paths(80, D=D) == "flash") == flash
 
 
 @pytest.mark.parametrize(
