@@ -47,7 +47,7 @@ from bench.gpu_suite.conductor import commit_of
 from hiprune_kernels.environment import environment
 from hiprune_kernels.loading import CLIP_L_14_336
 from hiprune_kernels.patch import FAMILIES
-from hiprune_kernels.patch.towers import find_encoder
+from hiprune_kernels.patch.encoders import find_encoder
 
 RESULTS = Path(__file__).parent / "results" / "models_cpu"
 SECONDS = 15.0  # spent on each model's rounds; a round that began is finished

@@ -9,6 +9,20 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from . import budget, methods
+from .methods import (
+    DivPrune,
+    FasterVLM,
+    HiPrune,
+    Method,
+    Needs,
+    Picks,
+    Random,
+    Seen,
+    Selection,
+    TokenLayout,
+    UniformGrid,
+)
 from .ops import (
     attention_scores,
     attention_scores_per_head,
@@ -24,30 +38,66 @@ from .ops import (
 )
 
 if TYPE_CHECKING:
-    from .patch import apply_hiprune, hiprune, is_patched, last_selection, record_scores, remove_hiprune
+    from .patch import (
+        applied,
+        apply_hiprune,
+        apply_method,
+        hiprune,
+        is_patched,
+        last_selection,
+        record_scores,
+        remove_hiprune,
+        remove_method,
+    )
     from .patch.selfcheck import check_model
 
 __version__ = "0.1.0"
 
-_FROM_PATCH = ("apply_hiprune", "hiprune", "is_patched", "last_selection", "record_scores", "remove_hiprune")
+_FROM_PATCH = (
+    "applied",
+    "apply_hiprune",
+    "apply_method",
+    "hiprune",
+    "is_patched",
+    "last_selection",
+    "record_scores",
+    "remove_hiprune",
+    "remove_method",
+)
 
 __all__ = [
+    "DivPrune",
+    "FasterVLM",
+    "HiPrune",
+    "Method",
+    "Needs",
+    "Picks",
+    "Random",
+    "Seen",
+    "Selection",
+    "TokenLayout",
+    "UniformGrid",
+    "applied",
     "apply_hiprune",
+    "apply_method",
     "attention_scores",
     "attention_scores_per_head",
     "attention_scores_per_head_varlen",
     "attention_scores_varlen",
     "attention_with_scores",
     "attention_with_scores_varlen",
+    "budget",
     "check_inputs",
     "check_model",
     "hiprune",
     "is_patched",
     "last_selection",
+    "methods",
     "prune_tokens",
     "prune_tokens_varlen",
     "record_scores",
     "remove_hiprune",
+    "remove_method",
     "select_tokens",
     "select_tokens_varlen",
 ]

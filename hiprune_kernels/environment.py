@@ -38,7 +38,7 @@ def supported_models() -> dict[str, list[dict[str, Any]]]:
     from transformers import CONFIG_MAPPING, AutoModel
 
     from .patch import FAMILIES
-    from .patch.towers import ENCODERS, find_encoder
+    from .patch.encoders import ENCODERS, find_encoder
 
     models, encoders = [], []
     for model_type, family in FAMILIES.items():
@@ -48,23 +48,23 @@ def supported_models() -> dict[str, list[dict[str, Any]]]:
         feature_layer = family.feature_layer(host, {})
         models.append(
             {
-                "name": family.name,
+                "name": family.kind.name,
                 "model_type": model_type,
-                "budget_per": family.budget_per,
-                "object_layer": encoder_family.default_object_layer(len(layers), feature_layer),
+                "budget_per": family.kind.budget_per,
+                "object_layer": encoder_family.kind.object_layer(len(layers), feature_layer),
                 "feature_layer": feature_layer,
                 "layers": len(layers),
-                "notes": family.notes,
+                "notes": family.kind.notes,
             }
         )
     for model_type, family in ENCODERS.items():
         encoders.append(
             {
-                "name": family.name,
+                "name": family.kind.name,
                 "model_type": model_type,
-                "prefix_tokens": family.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
-                "object_share": family.object_share,
-                "notes": family.notes,
+                "prefix_tokens": family.kind.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
+                "object_share": family.kind.object_share,
+                "notes": family.kind.notes,
             }
         )
     return {"models": models, "encoders": encoders}

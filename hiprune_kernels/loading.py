@@ -14,7 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from .patch.towers import ENCODERS, find_encoder
+from .patch.encoders import ENCODERS, find_encoder
 from .visualize import to_rgb
 
 if TYPE_CHECKING:
@@ -61,13 +61,13 @@ class Tower:
     @property
     def num_prefix_tokens(self) -> int:
         family, config, _ = find_encoder(self.encoder)
-        return family.num_prefix_tokens(config)
+        return family.kind.num_prefix_tokens(config)
 
     @property
     def object_layer(self) -> int:
         """1-based default, as `apply_hiprune` takes it: layer 9 of CLIP-L's 24, scaled to other depths."""
         family, _, layers = find_encoder(self.encoder)
-        return family.default_object_layer(len(layers), self.deep_layer)
+        return family.kind.object_layer(len(layers), self.deep_layer)
 
     def overview_titles(self, object_layer: int, kept: int) -> tuple[str, str, str, str]:
         return (
@@ -199,7 +199,7 @@ def _from_checkpoint(source: str, kinds: Sequence[str]) -> tuple[VisionModel, Im
             processor = getattr(transformers, processor_name).from_pretrained(source, local_files_only=local_only)
         except OSError:
             processor = _default_processor(vision_config)
-            kind = find_encoder(encoder)[0].name
+            kind = find_encoder(encoder)[0].kind.name
             remarks.append(
                 f"{source} has no image processor: images are prepared as for {kind} at {vision_config.image_size} px"
             )
@@ -213,7 +213,7 @@ def _vision_part(source: str, config, kinds: Sequence[str]) -> tuple[VisionConfi
     family = config.model_type
     vision = config if family in kinds else getattr(config, "vision_config", None)
     if getattr(vision, "model_type", None) not in kinds or family not in (*kinds, "clip", "siglip", *_LLAVAS):
-        names = " or ".join(ENCODERS[kind].name for kind in kinds)
+        names = " or ".join(ENCODERS[kind].kind.name for kind in kinds)
         tower = f" with a {vision.model_type} tower" if vision is not None else ""
         raise ValueError(
             f"model: expected a {names} vision model, or a model of type {', '.join(_LLAVAS)} with such a tower, got "

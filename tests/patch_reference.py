@@ -11,7 +11,7 @@ from models import GRID, IMAGE_TOKEN, NUM_TOKENS, VIDEO_TOKEN
 from torch import Tensor
 
 from hiprune_kernels import reference
-from hiprune_kernels.patch.decoder import CACHE
+from hiprune_kernels.patch.language import CACHE
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ import torch
 from models import VLM_CASES, images, qwen_batch, tiny_clip, tiny_qwen
 from patch_reference import one_thread  # noqa: F401
 
-from hiprune_kernels.patch import Selection, encoders
+from hiprune_kernels.patch import Selection, vision
 
 
 @pytest.fixture
@@ -55,14 +55,14 @@ def test_counts_times_and_error(bench, name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["clip", "llava"])
 def test_other_features_are_noticed(bench, name, monkeypatch):
-    select = encoders._select_rows
+    select = vision._select_rows
 
     def shifted(run):
         rows = select(run).clone()
         rows[:, 1] = rows[:, 1] % 36 + 1  # the first kept token's right neighbour
         return rows
 
-    monkeypatch.setattr(encoders, "_select_rows", shifted)
+    monkeypatch.setattr(vision, "_select_rows", shifted)
     with pytest.raises(RuntimeError, match=re.escape("the kept features differ from the stock model's by ")):
         bench.measure(tiny_case(bench, name))
 

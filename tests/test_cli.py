@@ -23,7 +23,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, SiglipVisionCon
 import hiprune_kernels
 from hiprune_kernels import cli, loading, patch, reference
 from hiprune_kernels.patch import selfcheck
-from hiprune_kernels.patch.towers import ENCODERS
+from hiprune_kernels.patch.encoders import ENCODERS
 from hiprune_kernels.visualize import ROLE_COLORS
 
 DEEP = 4  # of the tiny tower's 5 layers: the hidden state -2, as in LLaVA

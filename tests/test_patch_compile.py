@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hiprune_kernels.patch import apply_hiprune, hiprune, record_scores, remove_hiprune
-from hiprune_kernels.patch.towers import find_encoder, locate_layers
+from hiprune_kernels.patch.encoders import find_encoder, locate_layers
 
 FAMILIES = ["llava", "internvl", "qwen2_5_vl"]
 SHARE, OTHER_SHARE = 0.3, 0.1

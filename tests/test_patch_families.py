@@ -17,13 +17,13 @@ from transformers import GenerationMixin
 from hiprune_kernels.patch import (
     FAMILIES,
     apply_hiprune,
-    bare,
     generate,
     is_patched,
     last_selection,
     record_scores,
     remove_hiprune,
 )
+from hiprune_kernels.patch.models import bare
 
 SHARE = 0.3
 GREEDY = {"do_sample": False, "max_new_tokens": 4}
@@ -359,8 +359,8 @@ def test_beams_share_one_run_of_the_encoder(case):
     if generate.wrong_beams(stock.config.model_type):
         pytest.skip("the beams of transformers itself are wrong")
     model, runs = apply_hiprune(copy.deepcopy(stock), retention=SHARE), []
-    for tower in model.model._hiprune.towers:
-        tower.encoder.register_forward_pre_hook(
+    for encoder in model.model._hiprune.encoders:
+        encoder.module.register_forward_pre_hook(
             lambda _, args, kwargs: runs.append(rows(args, kwargs)), with_kwargs=True
         )
     assert torch.equal(tokens(model, inputs), expected)

@@ -15,7 +15,8 @@ from patch_reference import one_thread  # noqa: F401
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from hiprune_kernels.patch import FAMILIES, apply_hiprune, bare, hiprune, is_patched, remove_hiprune
+from hiprune_kernels.patch import FAMILIES, apply_hiprune, hiprune, is_patched, remove_hiprune
+from hiprune_kernels.patch.models import bare
 
 SHARE = 0.3
 GREEDY = {"do_sample": False, "max_new_tokens": 4, "suppress_tokens": [90, 91]}
@@ -58,8 +59,7 @@ def feature_layers(model):
     """Each tower's layer that selects, and the path of its attention."""
     host = FAMILIES[model.config.model_type].host(model)
     with hiprune(model, retention=SHARE):
-        towers = host._hiprune.towers
-        return [(tower.layers[tower.feature_layer - 1], tower.family.attention) for tower in towers]
+        return [(encoder.feature_layer, encoder.family.attention) for encoder in host._hiprune.encoders]
 
 
 def on_the_way(path):

@@ -24,13 +24,13 @@ from transformers import (
 from hiprune_kernels.patch import (
     FAMILIES,
     apply_hiprune,
-    encoders,
     hiprune,
     is_patched,
     last_selection,
     record_scores,
     remove_hiprune,
 )
+from hiprune_kernels.patch.edits import Edits
 
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "suppress_tokens": [IMAGE_TOKEN]}
 
@@ -149,7 +149,7 @@ def test_a_failed_apply_leaves_the_model_as_it_was(stock, model, monkeypatch, be
     stock_forward = type(last).forward
     calls = []
 
-    original = encoders.Edits.set_method
+    original = Edits.set_method
 
     def failing(self, module, name, function, **options):
         calls.append(name)
@@ -158,7 +158,7 @@ def test_a_failed_apply_leaves_the_model_as_it_was(stock, model, monkeypatch, be
         original(self, module, name, function, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(encoders.Edits, "set_method", failing)
+        patched.setattr(Edits, "set_method", failing)
         with pytest.raises(RuntimeError, match="half way"):
             apply_hiprune(model, budget=3)
     assert type(last).forward is stock_forward

@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from hiprune_kernels.patch import apply_hiprune, last_selection
-from hiprune_kernels.patch.decoder import CACHE
+from hiprune_kernels.patch.language import CACHE
 
 BUDGET, OBJECT_LAYER, FEATURE_LAYER = 10, 2, 4
 TOLERANCE = {"rtol": 0, "atol": 2e-4}  # logits are of order 10; a wrong token moves them by more than 0.1

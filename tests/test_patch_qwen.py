@@ -25,8 +25,8 @@ from qwen_reference import (
 )
 
 from hiprune_kernels.patch import apply_hiprune, last_selection, record_scores
-from hiprune_kernels.patch.decoder import CACHE
-from hiprune_kernels.patch.towers import ENCODERS
+from hiprune_kernels.patch.encoders import ENCODERS
+from hiprune_kernels.patch.language import CACHE
 
 SHARE, OBJECT_LAYER, FEATURE_LAYER = 0.3, 2, 4
 TOLERANCE = {"rtol": 0, "atol": 3e-4}  # logits are of order 5; a wrong token moves them by more than 0.02

@@ -19,9 +19,11 @@ from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.llava.modeling_llava import LlavaModel
 
 import hiprune_kernels as hk
-from hiprune_kernels.patch import FAMILIES, _prepare, bare, selfcheck, stock, tiny
-from hiprune_kernels.patch.encoders import PATCH, Settings
+from hiprune_kernels.methods import HiPrune
+from hiprune_kernels.patch import FAMILIES, _prepare, selfcheck, stock, tiny
+from hiprune_kernels.patch.call import PATCH
 from hiprune_kernels.patch.generate import wrong_beams
+from hiprune_kernels.patch.models import bare
 
 VARIANTS = list(itertools.chain.from_iterable(map(tiny.variants, FAMILIES)))
 
@@ -42,7 +44,7 @@ def same(function):
 
 
 def prepared(model):
-    return _prepare(model, FAMILIES[model.config.model_type], Settings(retention=0.5))
+    return _prepare(model, FAMILIES[model.config.model_type], HiPrune(retention=0.5), None)
 
 
 # ----------------------------------------------------------------------------------------------------------- the table
@@ -170,7 +172,7 @@ def test_harmful_changes(what, monkeypatch):
         return
     (model, _), (patched, _) = tiny.build(model_type), tiny.build(model_type)
     hk.apply_hiprune(patched, retention=0.5)
-    settings = patched.base_model.__dict__[PATCH].settings
+    settings = patched.base_model.__dict__[PATCH].method
     attributes = {key: set(module.__dict__) for key, module in model.named_modules()}
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, changed(getattr(owner, name), change))
@@ -178,7 +180,7 @@ def test_harmful_changes(what, monkeypatch):
             with pytest.raises(ValueError, match=f"hiprune_kernels is known to be right with .*{name}.*{message}"):
                 hk.apply_hiprune(each, retention=0.2)
     assert {key: set(module.__dict__) for key, module in model.named_modules()} == attributes
-    assert patched.base_model.__dict__[PATCH].settings == settings
+    assert patched.base_model.__dict__[PATCH].method == settings
 
 
 def test_harmless_changes(monkeypatch, recwarn):

@@ -21,7 +21,7 @@ from transformers import (
 
 from hiprune_kernels import reference
 from hiprune_kernels.patch import FAMILIES, apply_hiprune, hiprune, is_patched, last_selection, remove_hiprune
-from hiprune_kernels.patch.towers import find_encoder
+from hiprune_kernels.patch.encoders import find_encoder
 
 BARE = [name for name in CASES if name.partition(" ")[0] not in ("internvl", "siglip") or name == "siglip"]
 CLOSE = {"rtol": 0, "atol": 1e-4}  # states are of order 1; another token's differ by more than 0.1

@@ -13,7 +13,7 @@ from transformers import CLIPVisionModel
 import hiprune_kernels as hk
 from hiprune_kernels import reference
 from hiprune_kernels.loading import queries_and_keys
-from hiprune_kernels.patch.towers import find_encoder
+from hiprune_kernels.patch.encoders import find_encoder
 
 from .attention import relative_error
 from .context import Case, Context, Row, extra_memory, seconds_row
@@ -39,7 +39,7 @@ class _Encoders:
         self._scored, self._pruned = copy.deepcopy(self._sdpa), copy.deepcopy(self._sdpa)
         family, _, layers = find_encoder(self._sdpa)
         self.deep_layer = len(layers)
-        self.object_layer = max(1, round(family.object_share * len(layers)))
+        self.object_layer = max(1, round(family.kind.object_share * len(layers)))
         hk.apply_hiprune(self._pruned, budget=self.budget, rule=RULE)
         self._recorded = stack.enter_context(hk.record_scores(self._scored, [self.object_layer, self.deep_layer]))
 

@@ -74,7 +74,7 @@ class _Llava:
         Raises:
             RuntimeError: if the cache has another length than the pruned prompt.
         """
-        from hiprune_kernels.patch.decoder import CACHE  # imports transformers, which only the models need
+        from hiprune_kernels.patch.language import CACHE  # imports transformers, which only the models need
 
         with self.pruning(budget):
             found = self.prefill(inputs)

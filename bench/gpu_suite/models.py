@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hiprune_kernels.loading import CLIP_L_14_336
-from hiprune_kernels.patch.towers import find_encoder
+from hiprune_kernels.patch.encoders import find_encoder
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

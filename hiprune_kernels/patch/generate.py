@@ -1,6 +1,6 @@
 """Every override of transformers' generation code: what `generate` does before, between and instead of forwards.
 
-`generate` counts in full coordinates (see `decoder`), but asks the cache, which is shorter, how far it is. Each
+`generate` counts in full coordinates (see `language`), but asks the cache, which is shorter, how far it is. Each
 function in this file stands on an instance under its own name, calls the stock one, and puts that right.
 """
 
@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
-from .decoder import CACHE, cache_of, cached_length, live_plan
+from .call import ENCODED, PATCH, Call, has_images, open_call
 from .edits import Edits
-from .encoders import ENCODED, PATCH, Call, ModelFamily, has_images, open_call
+from .language import CACHE, cache_of, cached_length, live_map
+from .models import ModelFamily
 
 # Releases that repeat prompts with images wrongly, for beams and for several answers: a fault of transformers' own, in
 # models whose types begin so.
@@ -38,11 +39,11 @@ def prepare_inputs_for_generation(
 ) -> dict[str, Any]:
     """Stock, but `generate` takes a cache's length off the full one when it continues from a cache: set that right."""
     cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is not None and next_sequence_length is not None:
+    cache_map = live_map(cache)
+    if cache_map is not None and next_sequence_length is not None:
         prompt = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         if next_sequence_length == prompt.shape[1] - cached_length(cache):
-            next_sequence_length -= plan.gone
+            next_sequence_length -= cache_map.gone
     return type(self).prepare_inputs_for_generation(
         self,
         input_ids,
@@ -65,9 +66,9 @@ def create_masks_for_generate(
     if is_first_iteration:
         return attention_mask
     cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is not None:
-        attention_mask = plan.cache_mask(attention_mask, cached_length(cache), inputs_embeds.shape[1])
+    cache_map = live_map(cache)
+    if cache_map is not None:
+        attention_mask = cache_map.cache_mask(attention_mask, cached_length(cache), inputs_embeds.shape[1])
     return stock_create_masks_for_generate(
         config=config, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs
     )
@@ -79,7 +80,7 @@ def _prefill(
     """Stock, which cannot cut into chunks what is pruned; what is not pruned goes its way without our record of it."""
     if generation_config.prefill_chunk_size is not None:
         encoded = (model_kwargs.get("mm_encoder_outputs") or {}).pop(ENCODED, None)
-        whole = self.base_model.__dict__[PATCH].settings.retention == 1
+        whole = self.base_model.__dict__[PATCH].method.retention == 1
         if encoded.prunes if encoded is not None else has_images(model_kwargs) and not whole:
             raise ValueError(
                 "prefill_chunk_size: images cannot be pruned in a prefill that is cut into chunks; leave it unset"
@@ -128,14 +129,14 @@ def _expand_multimodal_outputs(self: nn.Module, *args: Any, **kwargs: Any) -> di
 def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
     """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
     cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is None or plan.rope_deltas is None:
+    cache_map = live_map(cache)
+    if cache_map is None or cache_map.rope_deltas is None:
         return type(self).compute_3d_position_ids(self, **kwargs)
     embeds = kwargs["inputs_embeds"]
     batch, new = embeds.shape[:2]
-    plan.check_batch(batch)
-    text = plan.text_positions(kwargs["attention_mask"], cache.get_seq_length(), new)
-    return (text.to(embeds.device) + plan.rope_deltas.to(embeds.device)).expand(3, batch, new)
+    cache_map.check_batch(batch)
+    text = cache_map.text_positions(kwargs["attention_mask"], cache.get_seq_length(), new)
+    return (text.to(embeds.device) + cache_map.rope_deltas.to(embeds.device)).expand(3, batch, new)
 
 
 class _FullLength:
@@ -153,9 +154,9 @@ def _prepare_position_ids_for_generation(
 ) -> Tensor:
     """Stock, which looks behind what is cached for new images, and is to count the pruned tokens as cached."""
     cache = cache_of(model_kwargs)
-    plan = live_plan(cache)
-    if plan is not None:
-        model_kwargs = {**model_kwargs, CACHE: _FullLength(cache.get_seq_length() + plan.gone)}
+    cache_map = live_map(cache)
+    if cache_map is not None:
+        model_kwargs = {**model_kwargs, CACHE: _FullLength(cache.get_seq_length() + cache_map.gone)}
     return type(self)._prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs)
 
 

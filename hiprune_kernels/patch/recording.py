@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attention import Attention, refuse_tapped, tap_attention
+from .call import PATCH, bind, forward_names
 from .edits import Edits
-from .encoders import PATCH, bind, forward_names
-from .towers import EncoderFamily, find_encoder, locate_layers
+from .encoders import EncoderFamily, find_encoder, locate_layers
+from .tap import Attention, refuse_tapped, tap_attention
 
 
 class LayerScores(dict[int, list[Tensor]]):
@@ -132,7 +132,7 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
     attentions = [module.get_submodule(family.attention) for module in modules]
     refuse_tapped(attentions)
     recording = _Recording(LayerScores({layer: [] for layer in wanted}))
-    recording.scores.num_prefix_tokens = family.num_prefix_tokens(config)
+    recording.scores.num_prefix_tokens = family.kind.num_prefix_tokens(config)
     edits = Edits()
     token = _RECORDING.set((*_RECORDING.get(), recording))
     try:

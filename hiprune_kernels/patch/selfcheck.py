@@ -17,11 +17,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from ..methods import HiPrune
 from . import stock as stock_functions
 from . import tiny
-from .decoder import CACHE
-from .encoders import Patch, Settings
+from .call import Patch
 from .generate import wrong_beams
+from .language import CACHE
 
 _RETENTION = 0.3
 _NEW_TOKENS, _BEAMS = 4, 2
@@ -140,7 +141,7 @@ def _covered(variant: tuple[str, str | None, str | None]) -> dict[str, str]:
 
     with _undisturbed():
         model, _ = tiny.build(*variant)
-    return stock_functions.functions(_prepare(model, FAMILIES[variant[0]], Settings(retention=_RETENTION)), model)
+    return stock_functions.functions(_prepare(model, FAMILIES[variant[0]], HiPrune(retention=_RETENTION), None), model)
 
 
 @contextmanager
@@ -172,7 +173,7 @@ def _compare(stock: nn.Module, inputs: dict[str, Tensor]) -> None:
     from . import FAMILIES, _install, _prepare
 
     model = copy.deepcopy(stock)
-    patch = _prepare(model, FAMILIES[model.config.model_type], Settings(retention=_RETENTION))
+    patch = _prepare(model, FAMILIES[model.config.model_type], HiPrune(retention=_RETENTION), None)
     _install(patch, model)
     if patch.family.language_model(patch.host) is None:
         _compare_encoders(patch, model, stock, inputs)
@@ -209,7 +210,7 @@ def _beams_are_right(patch: Patch, stock: nn.Module) -> bool:
 
 def _compare_encoders(patch: Patch, model: nn.Module, stock: nn.Module, inputs: dict[str, Any]) -> None:
     ours, theirs = model(**inputs).last_hidden_state, stock(**inputs).last_hidden_state
-    prefix = patch.towers[0].num_prefix_tokens
+    prefix = patch.encoders[0].facts.num_prefix_tokens
     indices = torch.stack([selection.indices for selection in patch.last])
     rows = torch.cat([torch.arange(prefix).expand(len(indices), -1), indices + prefix], dim=1)
     if not prefix < rows.shape[1] < theirs.shape[1]:

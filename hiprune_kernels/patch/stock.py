@@ -18,9 +18,10 @@ from torch import nn
 from transformers import masking_utils
 from transformers.cache_utils import Cache
 
-from .decoder import CACHE_METHODS
-from .encoders import Patch, Settings
+from ..methods import HiPrune
+from .call import Patch
 from .generate import overrides
+from .language import CACHE_METHODS
 
 
 def functions(patch: Patch, model: nn.Module) -> dict[str, str]:
@@ -37,11 +38,10 @@ def unknown(patch: Patch, model: nn.Module) -> list[str]:
 def _functions(patch: Patch, model: nn.Module) -> Iterator[Callable[..., Any]]:
     host, family = patch.host, patch.family
     connector, language_model = family.connector(host), family.language_model(host)
-    called = [(module, "forward") for module in (*(tower.encoder for tower in patch.towers), host, connector)]
-    for tower in patch.towers:
-        layer = tower.layers[tower.feature_layer - 1]
-        for path in ("", tower.family.attention, *tower.family.computed):
-            yield type(layer.get_submodule(path)).forward
+    called = [(module, "forward") for module in (*(encoder.module for encoder in patch.encoders), host, connector)]
+    for encoder in patch.encoders:
+        for path in ("", encoder.family.attention, *encoder.family.computed):
+            yield type(encoder.feature_layer.get_submodule(path)).forward
     if language_model is not None:
         yield from (getattr(Cache, name) for name in CACHE_METHODS)
         yield masking_utils.create_masks_for_generate
@@ -91,7 +91,7 @@ def _table() -> Iterator[str]:
     version, known = transformers.__version__, {name: dict(map(str.split, KNOWN[name])) for name in KNOWN}
     for variant in itertools.chain.from_iterable(map(tiny.variants, FAMILIES)):
         model, _ = tiny.build(*variant)
-        patch = _prepare(model, FAMILIES[model.config.model_type], Settings(retention=0.5))
+        patch = _prepare(model, FAMILIES[model.config.model_type], HiPrune(retention=0.5), None)
         for name, found in functions(patch, model).items():
             first = known.setdefault(name, {}).get(found, version)
             known[name][found] = min(first, version, key=_release)

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 import transformers
 
-from . import internvl, llava
+from .models import internvl, llava
 
 # ----------------------------------------------------------------------------------------------- encoders by themselves
 

@@ -11,7 +11,7 @@ import torch
 
 import hiprune_kernels as hk
 from hiprune_kernels import reference
-from hiprune_kernels.patch.decoder import CACHE
+from hiprune_kernels.patch.language import CACHE
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

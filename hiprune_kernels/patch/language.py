@@ -1,8 +1,10 @@
 """Language side of patching: a pruned prefill, and bookkeeping for everything that comes after it.
 
 The caller, and `generate()`, go on counting in *full coordinates*: attention masks, position ids and input ids have the
-length they would have without pruning. The key-value cache is shorter. A `Plan` on the cache maps one to the other, and
-a forward around the language model's translates what comes in; so stock code on both sides stays as it is.
+length they would have without pruning. The key-value cache is shorter. A `CacheMap` on the cache maps one to the other,
+and a forward around the language model's translates what comes in; so stock code on both sides stays as it is.
+
+Methods that read the language model's features, or text, select here too, before the prefill is pruned (`late.py`).
 
 A row of the pruned batch holds, in order, what was not dropped. Rows with fewer tokens are padded on the left (leading
 padding of the caller's is reused first), so columns counted from the end stay where they were behind the last image.
@@ -19,16 +21,17 @@ import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
+from .call import bind, current_call, forward_names, refuse_if_pruned
 from .edits import Edits
-from .encoders import Call, bind, current_call, forward_names, refuse_if_pruned
+from .late import Prompt, select_late
 
-_PLAN = "_hiprune_plan"
+_MAP = "_hiprune_map"
 # What transformers calls the cache, as an argument and in outputs: "past_key_values" until 5.23.
 CACHE = "cache" if "cache" in inspect.signature(stock_create_masks_for_generate).parameters else "past_key_values"
 
 
 @dataclass
-class Plan:
+class CacheMap:
     """Which full position each slot of a pruned cache holds. Slots behind the recorded ones follow one to one."""
 
     source: Tensor  # [B, S] int64: full position of slot s
@@ -39,8 +42,8 @@ class Plan:
     multimodal: bool  # position ids tell places in images, see `_compact`
     rope_deltas: Tensor | None = None  # [B, 1] int64, of these: from a token's place to its position behind the prompt
 
-    def take(self, rows: Tensor) -> Plan:
-        """This plan for a batch made of these rows [R] of its batch."""
+    def take(self, rows: Tensor) -> CacheMap:
+        """This map for a batch made of these rows [R] of its batch."""
         rows = rows.to(self.valid.device)
         deltas = None if self.rope_deltas is None else self.rope_deltas[rows.to(self.rope_deltas.device)]
         tensors = {"source": self.source[rows], "valid": self.valid[rows], "dropped": self.dropped[rows]}
@@ -99,8 +102,8 @@ def cached_length(cache: Any) -> int:
 CACHE_METHODS = ("get_seq_length", "reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
-class _PlannedCache:
-    """What a cache with a plan has before its own class: methods that rearrange the plan's rows with the cache's.
+class _MappedCache:
+    """What a cache with a map has before its own class: methods that rearrange the map's rows with the cache's.
 
     A class of its own rather than methods on the instance, which would hold the cache in a reference cycle.
     """
@@ -115,47 +118,47 @@ class _PlannedCache:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        valid = getattr(self, _PLAN).valid
+        valid = getattr(self, _MAP).valid
         self._take(torch.arange(len(valid), device=valid.device).repeat_interleave(repeats))
 
     def _take(self, rows: Tensor) -> None:
-        setattr(self, _PLAN, getattr(self, _PLAN).take(rows))
+        setattr(self, _MAP, getattr(self, _MAP).take(rows))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _restore_cache, (type(self).stock_class,), self.__dict__
 
 
-_PLANNED_CLASSES: dict[type, type] = {}  # no functools.cache, which torch.compile warns of
+_MAPPED_CLASSES: dict[type, type] = {}  # no functools.cache, which torch.compile warns of
 
 
-def _planned_class(cache_class: type) -> type:
-    if cache_class not in _PLANNED_CLASSES:
+def _mapped_class(cache_class: type) -> type:
+    if cache_class not in _MAPPED_CLASSES:
         names = {"stock_class": cache_class}
-        _PLANNED_CLASSES[cache_class] = type(cache_class.__name__, (_PlannedCache, cache_class), names)
-    return _PLANNED_CLASSES[cache_class]
+        _MAPPED_CLASSES[cache_class] = type(cache_class.__name__, (_MappedCache, cache_class), names)
+    return _MAPPED_CLASSES[cache_class]
 
 
 def _restore_cache(cache_class: type) -> Any:
     """An empty cache for a copy's or a file's contents, as its class has no name to be found by."""
-    return object.__new__(_planned_class(cache_class))
+    return object.__new__(_mapped_class(cache_class))
 
 
-def _set_plan(cache: Any, plan: Plan) -> None:
-    setattr(cache, _PLAN, plan)
-    if not isinstance(cache, _PlannedCache):
-        cache.__class__ = _planned_class(type(cache))
+def _set_map(cache: Any, cache_map: CacheMap) -> None:
+    setattr(cache, _MAP, cache_map)
+    if not isinstance(cache, _MappedCache):
+        cache.__class__ = _mapped_class(type(cache))
 
 
-def _forget_plan(cache: Any) -> None:
-    if isinstance(cache, _PlannedCache):
-        delattr(cache, _PLAN)
+def _forget_map(cache: Any) -> None:
+    if isinstance(cache, _MappedCache):
+        delattr(cache, _MAP)
         cache.__class__ = type(cache).stock_class
 
 
-def live_plan(cache: Any) -> Plan | None:
-    """The plan of a cache; none if it was never pruned, or was reset since."""
-    plan = getattr(cache, _PLAN, None)
-    return plan if plan is not None and cached_length(cache) > 0 else None
+def live_map(cache: Any) -> CacheMap | None:
+    """The map of a cache; none if it was never pruned, or was reset since."""
+    cache_map = getattr(cache, _MAP, None)
+    return cache_map if cache_map is not None and cached_length(cache) > 0 else None
 
 
 def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
@@ -165,40 +168,29 @@ def _new_tokens(kwargs: dict[str, Any]) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- pruned prefill
 
 
-def _placeholders(host: nn.Module, arguments: dict[str, Any], token_id: int) -> Tensor:
-    """Where the prompt has tokens of this kind, as the stock forward finds them: bool [B, L]."""
-    if arguments.get("input_ids") is not None:
-        return arguments["input_ids"] == token_id
-    embeds = arguments["inputs_embeds"]
-    image = host.get_input_embeddings()(torch.tensor(token_id, device=embeds.device))
-    return (embeds == image).all(dim=-1)
-
-
-def _keep_mask(call: Call) -> Tensor:
+def _keep_mask(prompt: Prompt) -> Tensor:
     """False where the prompt loses a token, bool [B, L]."""
-    keep = None
-    for token_id, kept in call.kept():
-        places = _placeholders(call.patch.host, call.arguments, token_id)
-        beams = 1 if call.prompts is None else len(places) // call.prompts  # equal rows, one behind the other
-        places = places[::beams]
-        keep = torch.ones_like(places) if keep is None else keep
-        keep = keep.masked_scatter(places, kept.to(places.device))
-    return keep.repeat_interleave(beams, dim=0)
+    keep = torch.ones_like(prompt.placeholders[0][1])
+    for run, places in prompt.placeholders:
+        keep = keep.masked_scatter(places, run.kept().to(places.device))
+    return keep.repeat_interleave(prompt.beams, dim=0)
 
 
 def _prune(
-    plan: Plan | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool, stateful: bool
-) -> tuple[dict[str, Any], Plan]:
-    """The language model's arguments without the tokens where `keep` [B, Q] is False, and the plan for what follows."""
+    cache_map: CacheMap | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool, stateful: bool
+) -> tuple[dict[str, Any], CacheMap]:
+    """The language model's arguments without the tokens where `keep` [B, Q] is False, and the map for what follows."""
     embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
     batch, length = keep.shape
     device = embeds.device
     keep = keep.to(device)
     seen = cached_length(cache_of(kwargs))
-    if plan is None:
+    if cache_map is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
-        plan = Plan(slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal)
-    start = seen + plan.gone  # full position of the first new token
+        cache_map = CacheMap(
+            slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal
+        )
+    start = seen + cache_map.gone  # full position of the first new token
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, start + length)):
         shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: a pruned prefill needs [batch, {start + length}], got {shape}")
@@ -215,24 +207,24 @@ def _prune(
             f"all keep as many tokens, got {(~removable).sum(dim=1).tolist()}"
         )
 
-    between = torch.arange(plan.valid.shape[1], seen, device=device).expand(batch, -1) + plan.gone
+    between = torch.arange(cache_map.valid.shape[1], seen, device=device).expand(batch, -1) + cache_map.gone
     dropped_before = (~keep).cumsum(dim=1)
     if positions is None:
         positions = torch.arange(start, start + length, device=device)[None]
     if positions.ndim == 2:
         positions = positions.expand(batch, -1)
-    new_plan = Plan(
-        source=torch.cat([plan.source[:, :seen], between, start + index], dim=1),
-        valid=torch.cat([plan.valid[:, :seen], torch.ones_like(between, dtype=torch.bool), valid], dim=1),
-        dropped=plan.dropped + dropped_before[:, -1:],
-        gone=plan.gone + length - remaining,
-        padded=plan.padded or not bool(valid.all()),
+    new_map = CacheMap(
+        source=torch.cat([cache_map.source[:, :seen], between, start + index], dim=1),
+        valid=torch.cat([cache_map.valid[:, :seen], torch.ones_like(between, dtype=torch.bool), valid], dim=1),
+        dropped=cache_map.dropped + dropped_before[:, -1:],
+        gone=cache_map.gone + length - remaining,
+        padded=cache_map.padded or not bool(valid.all()),
         multimodal=multimodal,
     )
-    positions = _compact(positions, plan.dropped + dropped_before, multimodal)
+    positions = _compact(positions, cache_map.dropped + dropped_before, multimodal)
     pruned = {
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
-        "attention_mask": new_plan.cache_mask(mask, seen + remaining, 0),
+        "attention_mask": new_map.cache_mask(mask, seen + remaining, 0),
         "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
     }
     if kwargs.get("visual_pos_masks") is not None:  # deepstack: visual features added in the first layers
@@ -240,7 +232,7 @@ def _prune(
         pruned["visual_pos_masks"] = visual.gather(1, index) & valid
         features = kwargs["deepstack_visual_embeds"]
         pruned["deepstack_visual_embeds"] = [rows[keep[visual].to(rows.device)] for rows in features]
-    return {**kwargs, **pruned}, new_plan
+    return {**kwargs, **pruned}, new_map
 
 
 def _rope_deltas(host: nn.Module, batch: int) -> Tensor | None:
@@ -266,36 +258,46 @@ def _compact(positions: Tensor, dropped: Tensor, multimodal: bool) -> Tensor:
     return torch.cat([(positions[0] - dropped)[None], positions[1:]])
 
 
-def _translate(plan: Plan, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _translate(cache_map: CacheMap, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The language model's arguments for tokens that follow a pruned prefill, in cache coordinates."""
     batch, new = _new_tokens(kwargs).shape[:2]
-    plan.check_batch(batch)
+    cache_map.check_batch(batch)
     seen = cached_length(cache_of(kwargs))
     positions = kwargs.get("position_ids")
     if positions is None:
-        start = seen + plan.gone
-        positions = torch.arange(start, start + new, device=plan.dropped.device)[None]
-    mask = plan.cache_mask(kwargs.get("attention_mask"), seen, new)
-    return {**kwargs, "attention_mask": mask, "position_ids": _compact(positions, plan.dropped, plan.multimodal)}
+        start = seen + cache_map.gone
+        positions = torch.arange(start, start + new, device=cache_map.dropped.device)[None]
+    mask = cache_map.cache_mask(kwargs.get("attention_mask"), seen, new)
+    return {
+        **kwargs,
+        "attention_mask": mask,
+        "position_ids": _compact(positions, cache_map.dropped, cache_map.multimodal),
+    }
 
 
 def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The language model's forward on pruned inputs; the plan rides on the cache that it fills."""
+    """The language model's forward on pruned inputs; the map rides on the cache that it fills."""
     cache = cache_of(kwargs)
-    plan = live_plan(cache)
-    if plan is None:  # a cache that was reset starts anew, and must not find its old plan again once it is filled
-        _forget_plan(cache)
-    call = current_call("language_model", module)
-    if call is not None and call.prunes:
-        stateful = call.patch.host._is_stateful  # layers that hold a state instead of keys and values
-        kwargs, call.plan = _prune(plan, _keep_mask(call), kwargs, call.patch.family.multimodal_positions, stateful)
-        call.plan.rope_deltas = _rope_deltas(call.patch.host, len(call.plan.valid))
-    elif plan is not None:
-        kwargs = _translate(plan, kwargs)
+    cache_map = live_map(cache)
+    if cache_map is None:  # a cache that was reset starts anew, and must not find its old map again once it is filled
+        _forget_map(cache)
+    call = current_call()
+    if call is not None and call.patch.language_model is module and call.prunes:
+        host, family = call.patch.host, call.patch.family
+        prompt = Prompt.of(call)
+        kwargs = select_late(call, prompt, kwargs, cached_length(cache))
+        stateful = host._is_stateful  # layers that hold a state instead of keys and values
+        kwargs, filled_map = _prune(cache_map, _keep_mask(prompt), kwargs, family.multimodal_positions, stateful)
+        filled_map.rope_deltas = _rope_deltas(host, len(filled_map.valid))
+        call.cache_map = filled_map
+    else:
+        filled_map = None
+        if cache_map is not None:
+            kwargs = _translate(cache_map, kwargs)
     output = forward(*args, **kwargs)
     cache = output.get(CACHE)
-    if call is not None and call.plan is not None and cache is not None:
-        _set_plan(cache, call.plan)
+    if filled_map is not None and cache is not None:
+        _set_map(cache, filled_map)
     return output
 
 
@@ -315,7 +317,7 @@ def head_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **k
         return forward(*args, **kwargs)
 
 
-def install_decoder(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
+def install_language(edits: Edits, model: nn.Module, host: nn.Module, language_model: nn.Module) -> None:
     """Patch the language side of `model` (with the head, or `host` itself), but for `generate`."""
     edits.wrap_forward(language_model, language_model_forward)
     if model is not host:

@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn
 
 from . import qwen, vit
-from .family import EncoderFamily, Grid
+from .family import EncoderFamily
 
-__all__ = ["ENCODERS", "EncoderFamily", "Grid", "find_encoder", "locate_layers"]
+__all__ = ["ENCODERS", "EncoderFamily", "find_encoder", "locate_layers"]
 
 ENCODERS = {**vit.FAMILIES, **qwen.FAMILIES}  # config.model_type of the vision encoder -> family
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...facts import MODELS
+from ...methods import TokenLayout
+from ...methods.base import Grid
+from ..call import Call
 from . import qwen_vl
-from .encoders import Call, EncoderRun
+from .family import one_tile_each
 
 _QWEN2 = qwen_vl.FAMILIES["qwen2_vl"]
 
 
-def _layout(call: Call, run: EncoderRun) -> None:
-    if run.video:
-        run.tiles = call.arguments["video_grid_thw"][:, 0].tolist()
+def _layout(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
+    if not video:
+        return one_tile_each(call, grids, video)
+    return TokenLayout(tuple(grids), tuple(call.arguments["video_grid_thw"][:, 0].tolist()))
 
 
 def _video_token(call: Call) -> int:
@@ -23,14 +28,13 @@ def _video_token(call: Call) -> int:
 
 _GLM4V = replace(
     _QWEN2,
-    name="GLM-4.1V (Glm4vForConditionalGeneration)",
+    kind=MODELS["glm4v"],
     layout=_layout,
     video_token=_video_token,
-    notes="the budget is shared out equally among a video's frames; a call takes images or videos, not both",
 )
 
 FAMILIES = {
     "glm4v": _GLM4V,
-    "glm4v_moe": replace(_GLM4V, name="GLM-4.5V (Glm4vMoeForConditionalGeneration)"),
-    "glm46v": replace(_GLM4V, name="GLM-4.6V (Glm46VForConditionalGeneration)"),
+    "glm4v_moe": replace(_GLM4V, kind=MODELS["glm4v_moe"]),
+    "glm46v": replace(_GLM4V, kind=MODELS["glm46v"]),
 }

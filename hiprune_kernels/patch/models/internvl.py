@@ -7,8 +7,12 @@ import math
 import torch
 from torch import nn
 
+from ...facts import MODELS
+from ...methods import TokenLayout
+from ...methods.base import Grid
+from ..call import Call
 from . import llava
-from .encoders import Call, EncoderRun, ModelFamily
+from .family import ModelFamily
 from .llava import llava_host, rows_before_grid, vision_feature_layer
 
 TEXT_MODELS = (*llava.TEXT_MODELS, "qwen3")
@@ -25,8 +29,8 @@ def _check(host: nn.Module) -> None:
 def _check_call(call: Call) -> None:
     if rows_before_grid(call) != 0:
         raise ValueError('vision_feature_select_strategy: expected "default", as CLS has no place in the grid')
-    tower, side = call.patch.towers[0], _side(call)
-    height, width = tower.family.grids(tower.config, call.arguments)[0]
+    encoder, side = call.patch.encoders[0], _side(call)
+    height, width = encoder.family.grids(encoder.config, call.arguments)[0]
     if height != width or height % side:
         raise ValueError(
             f"pixel_values: expected square tiles of a multiple of {side} patches, got tiles of {height} by {width}"
@@ -38,18 +42,18 @@ def _side(call: Call) -> int:
     return round(1 / call.patch.host.config.downsample_ratio)
 
 
-def _layout(call: Call, run: EncoderRun) -> None:
+def _layout(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
     """Stock code takes the grid of patches for a square one, whatever the image is."""
     side = _side(call)
-    length = math.isqrt(math.prod(run.grids[0])) // side
+    length = math.isqrt(math.prod(grids[0])) // side
     squares = torch.arange((length * side) ** 2).view(length, side, length, side)
-    run.unit_rows = squares.transpose(1, 2).reshape(-1, side**2)
-    run.grids = [(length, length)] * len(run.grids)
+    unit_rows = squares.transpose(1, 2).reshape(-1, side**2)
+    return TokenLayout(((length, length),) * len(grids), (1,) * len(grids), unit_rows=unit_rows)
 
 
 FAMILIES = {
     "internvl": ModelFamily(
-        name="InternVL (InternVLForConditionalGeneration)",
+        kind=MODELS["internvl"],
         host=llava_host,
         check=_check,
         check_call=_check_call,
@@ -58,7 +62,5 @@ FAMILIES = {
         layout=_layout,
         connector=lambda host: host.multi_modal_projector,
         language_model=lambda host: host.language_model,
-        budget_per="tile",
-        notes="an image's tiles and a video's frames count as images of their own",
     ),
 }

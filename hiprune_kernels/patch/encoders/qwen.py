@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers.vision_utils import get_vision_window_index
 
-from ..attention import Attention
-from .family import EncoderFamily, Grid, finish_layer
+from ...facts import ENCODERS
+from ...methods.base import Grid
+from ..tap import Attention
+from .family import EncoderFamily, finish_layer
 
 
 def _grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
@@ -48,12 +50,13 @@ def _project(
     qkv = attention.qkv(layer.norm1(hidden_states)).unflatten(-1, (3, attention.num_heads, -1))
     query, key, value = qkv.unbind(1)  # [T, H, D]
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb_vision
-    query, key = rotate(query, key, *position_embeddings)
-    return Attention(query, key, value, attention.scaling, cu_seqlens=cu_seqlens.to(torch.int32))
+    rotated_query, rotated_key = rotate(query, key, *position_embeddings)
+    starts = cu_seqlens.to(torch.int32)
+    return Attention(rotated_query, rotated_key, value, attention.scaling, cu_seqlens=starts, plain_key=key)
 
 
 _QWEN2 = EncoderFamily(
-    name="Qwen2-VL",
+    kind=ENCODERS["qwen2_vl_vision"],
     layers="blocks",
     attention="attn",
     project=_project,
@@ -61,20 +64,9 @@ _QWEN2 = EncoderFamily(
     grids=_grids,
     unit_rows=_unit_rows,
     packed=True,
-    object_share=16 / 32,
-    official_rule="official_qwen",
-    official_means=False,
 )
-_QWEN3 = replace(_QWEN2, name="Qwen3-VL")
+_NAMES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "glm4v", "glm4v_moe")
 
 # config.model_type of the vision encoder -> family
-FAMILIES = {
-    "qwen2_vl_vision": _QWEN2,
-    "qwen2_5_vl_vision": replace(_QWEN3, name="Qwen2.5-VL", unit_rows=_window_unit_rows),
-    "qwen3_vl_vision": _QWEN3,
-    "qwen3_vl_moe_vision": replace(_QWEN3, name="Qwen3-VL-MoE"),
-    "qwen3_5_vision": replace(_QWEN3, name="Qwen3.5"),
-    "qwen3_5_moe_vision": replace(_QWEN3, name="Qwen3.5-MoE"),
-    "glm4v_vision": replace(_QWEN3, name="GLM-4V"),
-    "glm4v_moe_vision": replace(_QWEN3, name="GLM-4V-MoE"),
-}
+FAMILIES = {f"{name}_vision": replace(_QWEN2, kind=ENCODERS[f"{name}_vision"]) for name in _NAMES}
+FAMILIES["qwen2_5_vl_vision"] = replace(FAMILIES["qwen2_5_vl_vision"], unit_rows=_window_unit_rows)

@@ -31,6 +31,7 @@ class Attention(NamedTuple):
     scale: float | None
     key_mask: Tensor | None = None  # [B, N] bool: False for padding, as key and as query; only where nothing is pruned
     cu_seqlens: Tensor | None = None  # [S + 1] int32
+    plain_key: Tensor | None = None  # the keys before they were rotated, where they are
 
     def autocast(self) -> Attention:
         """In the dtype that fused attention computes in: under autocast some encoders' norms give float32 to it."""
@@ -42,24 +43,40 @@ class Attention(NamedTuple):
         query, key, value = (each if each.dtype == torch.float64 else each.to(dtype) for each in states)
         return self._replace(query=query, key=key, value=value)
 
-    def column_scores(self, score_queries: str = "all") -> Tensor:
-        """Eq. 2 over all queries, or for the first one ("cls"): [B, N], or [T] for packed sequences."""
+    def column_scores(self, queries: str = "all") -> Tensor:
+        """Eq. 2 over all queries ("all"), their mean, or the first one ("cls"): [B, N], or [T] for packed sequences."""
         if self.cu_seqlens is not None:
-            return ops.attention_scores_varlen(self.query, self.key, cu_seqlens_q=self.cu_seqlens, scale=self.scale)
-        if score_queries == "cls":
+            scores = ops.attention_scores_varlen(self.query, self.key, cu_seqlens_q=self.cu_seqlens, scale=self.scale)
+        elif queries == "cls":
             return ops.attention_scores(self.query[:, :, :1], self.key, scale=self.scale)
-        masks = {"key_mask": self.key_mask, "query_mask": self.key_mask}
-        return ops.attention_scores(self.query, self.key, scale=self.scale, **masks)
+        else:
+            masks = {"key_mask": self.key_mask, "query_mask": self.key_mask}
+            scores = ops.attention_scores(self.query, self.key, scale=self.scale, **masks)
+        return scores / self._num_queries() if queries == "mean" else scores
 
-    def output_and_scores(self) -> tuple[Tensor, Tensor]:
+    def output_and_scores(self, queries: str = "all") -> tuple[Tensor, Tensor]:
         """The layer's full output, [B, N, H, D] (of packed sequences [1, T, H, D]), and `column_scores`."""
         if self.cu_seqlens is not None:
             output, scores = ops.attention_with_scores_varlen(
                 self.query, self.key, self.value, cu_seqlens_q=self.cu_seqlens, scale=self.scale
             )
-            return output[None], scores
-        output, scores = ops.attention_with_scores(self.query, self.key, self.value, scale=self.scale)
-        return output.transpose(1, 2), scores
+            output = output[None]
+        else:
+            output, scores = ops.attention_with_scores(self.query, self.key, self.value, scale=self.scale)
+            output = output.transpose(1, 2)
+        return output, scores / self._num_queries() if queries == "mean" else scores
+
+    def _num_queries(self) -> int | Tensor:
+        """How many queries attend to each key."""
+        if self.cu_seqlens is None:
+            return self.query.shape[2]
+        lengths = self.cu_seqlens.diff()
+        return lengths.repeat_interleave(lengths, output_size=len(self.key))
+
+    def mean_key(self) -> Tensor:
+        """The keys before any rotation, averaged over heads: [B, N, D], or [T, D] for packed sequences."""
+        key = self.key if self.plain_key is None else self.plain_key
+        return key.mean(dim=1)
 
     def output_rows(self, rows: Tensor) -> Tensor:
         """The output for some query rows: [B, K, H * D] for `rows` [B, K]; [K, H * D] for ascending packed ones [K]."""
@@ -155,6 +172,12 @@ def tap_attention(edits: Edits, attention: nn.Module, listener: Callable[..., tu
     config._attn_implementation_internal = _TAPPED
     edits.set_attribute(attention, _TAP, _Tap(attention.config, listener))
     edits.set_attribute(attention, "config", config)
+
+
+def listen_to_copy(attention: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> nn.Module:
+    """A shallow copy of an attention module, which is nobody else's, with a tap."""
+    tap_attention(Edits(), attention, listener)
+    return attention
 
 
 def clear_taps(root: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from .encoders import Call, ModelFamily
+from ...facts import MODELS
+from ..call import Call
+from .family import ModelFamily
 
 VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
 TEXT_MODELS = ("llama", "mistral", "qwen2")
@@ -47,19 +49,19 @@ def vision_feature_layer(host: nn.Module, arguments: dict[str, Any]) -> int:
 def rows_before_grid(call: Call) -> int:
     """How many of an image's features are not of its grid; -1 where stock code takes the first of the grid off."""
     dropped = argument(call.patch.host, call.arguments, "vision_feature_select_strategy") == "default"
-    return call.patch.towers[0].num_prefix_tokens - dropped
+    return call.patch.encoders[0].facts.num_prefix_tokens - dropped
 
 
 def check_strategy(call: Call) -> None:
     """Raise ValueError if stock code takes a token of the grid for a CLS token."""
     if rows_before_grid(call) < 0:
-        tower = call.patch.towers[0].family.name
-        raise ValueError(f'vision_feature_select_strategy: expected "full", as {tower} has no CLS token, got "default"')
+        name = call.patch.encoders[0].facts.name
+        raise ValueError(f'vision_feature_select_strategy: expected "full", as {name} has no CLS token, got "default"')
 
 
 FAMILIES = {
     "llava": ModelFamily(
-        name="LLaVA-1.5 (LlavaForConditionalGeneration)",
+        kind=MODELS["llava"],
         host=llava_host,
         check=check_parts,
         check_call=check_strategy,

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from torch import nn
 
-from .encoders import ModelFamily
+from ...facts import MODELS
+from .family import ModelFamily
 from .llava import llava_host
 
 
@@ -21,7 +22,7 @@ def _check(host: nn.Module) -> None:
 
 
 _QWEN2 = ModelFamily(
-    name="Qwen2-VL (Qwen2VLForConditionalGeneration)",
+    kind=MODELS["qwen2_vl"],
     host=llava_host,
     check=_check,
     encoders=lambda host: [host.visual],
@@ -29,20 +30,7 @@ _QWEN2 = ModelFamily(
     connector=lambda host: host.visual.merger,
     language_model=lambda host: host.language_model,
     multimodal_positions=True,
-    budget_per="image or video",
 )
 
-_QWEN3_5 = replace(
-    _QWEN2,
-    name="Qwen3.5 (Qwen3_5ForConditionalGeneration)",
-    notes="linear attention takes no padding: in a later turn with images all rows must keep as many tokens",
-)
-
-FAMILIES = {
-    "qwen2_vl": _QWEN2,
-    "qwen2_5_vl": replace(_QWEN2, name="Qwen2.5-VL (Qwen2_5_VLForConditionalGeneration)"),
-    "qwen3_vl": replace(_QWEN2, name="Qwen3-VL (Qwen3VLForConditionalGeneration)"),
-    "qwen3_vl_moe": replace(_QWEN2, name="Qwen3-VL-MoE (Qwen3VLMoeForConditionalGeneration)"),
-    "qwen3_5": _QWEN3_5,
-    "qwen3_5_moe": replace(_QWEN3_5, name="Qwen3.5-MoE (Qwen3_5MoeForConditionalGeneration)"),
-}
+_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
+FAMILIES = {model_type: replace(_QWEN2, kind=MODELS[model_type]) for model_type in _TYPES}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
+from ...facts import MODELS
+from ...methods import TokenLayout
+from ...methods.base import Grid
+from ..call import Call
 from . import llava
-from .encoders import Call, EncoderRun
 
-NEWLINE = torch.tensor([-1])  # in `EncoderRun.places`
+NEWLINE = torch.tensor([-1])  # in `TokenLayout.placeholders`
 
 
 def image_sizes(call: Call) -> list[list[int]]:
@@ -24,39 +28,37 @@ def tiles_of(call: Call, size: list[int]) -> int:
     return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
-def check_tiles(run: EncoderRun) -> None:
+def check_tiles(tiles: list[int], grids: list[Grid]) -> None:
     """Raise ValueError if the images' tiles are not those that the encoder runs on."""
-    if sum(run.tiles) != len(run.grids):
-        raise ValueError(f"image_sizes: expected sizes of {len(run.grids)} tiles in all, got those of {run.tiles}")
+    if sum(tiles) != len(grids):
+        raise ValueError(f"image_sizes: expected sizes of {len(grids)} tiles in all, got those of {tiles}")
 
 
 def check_strategy(call: Call) -> None:
     """Raise ValueError unless the features are those of the grid alone, as tiles are put together."""
     if llava.rows_before_grid(call) != 0:
-        tower = call.patch.towers[0]
-        needed = '"default"' if tower.num_prefix_tokens else '"full"'
+        encoder = call.patch.encoders[0].facts
+        needed = '"default"' if encoder.has_cls else '"full"'
         raise ValueError(
-            f"vision_feature_select_strategy: expected {needed} for {tower.family.name}, as an image is put together "
+            f"vision_feature_select_strategy: expected {needed} for {encoder.name}, as an image is put together "
             "of the grids of its tiles, without CLS tokens"
         )
 
 
-def _layout(call: Call, run: EncoderRun) -> None:
+def _layout(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
     sizes = image_sizes(call)
-    run.tiles = [tiles_of(call, size) for size in sizes]
-    check_tiles(run)
-    tokens = torch.arange(sum(run.sizes)).view(len(run.grids), -1, 1).split(run.tiles)
+    tiles = [tiles_of(call, size) for size in sizes]
+    check_tiles(tiles, grids)
+    tokens = torch.arange(sum(map(math.prod, grids))).view(len(grids), -1, 1).split(tiles)
     packed, _ = call.patch.host.pack_image_features(tokens, sizes, "default", image_newline=NEWLINE)
-    run.places = torch.cat(packed).flatten()
+    return TokenLayout(tuple(grids), tuple(tiles), placeholders=torch.cat(packed).flatten())
 
 
 FAMILIES = {
     "llava_next": replace(
         llava.FAMILIES["llava"],
-        name="LLaVA-NeXT (LlavaNextForConditionalGeneration)",
+        kind=MODELS["llava_next"],
         check_call=check_strategy,
         layout=_layout,
-        has_unpad=True,
-        notes="the budget is shared out equally among an image's tiles; newlines stay besides",
     ),
 }

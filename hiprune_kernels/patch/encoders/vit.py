@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.dinov2 import modeling_dinov2
 
-from ..attention import Attention, split_heads
-from .family import EncoderFamily, Grid, finish_layer, image_grids
+from ...facts import ENCODERS
+from ...methods.base import Grid
+from ..tap import Attention, split_heads
+from .family import EncoderFamily, finish_layer, image_grids
 
 
 def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> Iterator[Tensor]:
@@ -32,22 +34,20 @@ def _plain_project(
 
 
 _SIGLIP = EncoderFamily(
-    name="SigLIP",
+    kind=ENCODERS["siglip_vision_model"],
     layers="layers",
     attention="self_attn",
     project=partial(_plain_project, path="self_attn", norm="layer_norm1", scale="scale"),
     finish=partial(finish_layer, output="self_attn.out_proj", norm="layer_norm2"),
     grids=image_grids,
-    notes="SigLIP 2 of a fixed resolution too",
 )
 _VIT = EncoderFamily(
-    name="ViT",
+    kind=ENCODERS["vit"],
     layers="layers",
     attention="attention",
     project=partial(_plain_project, path="attention", norm="layernorm_before", scale="scaling"),
     finish=partial(finish_layer, output="attention.o_proj", norm="layernorm_after", drop="dropout"),
     grids=image_grids,
-    num_prefix_tokens=lambda config: 1,
 )
 
 # -------------------------------------------------------------------------------------------------------------- DINOv2
@@ -59,13 +59,12 @@ def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
 
 
 _DINO = EncoderFamily(
-    name="DINOv2",
+    kind=ENCODERS["dinov2"],
     layers="layer",
     attention="attention",
     project=partial(_plain_project, path="attention", norm="norm1", scale="scaling"),
     finish=_dino_finish,
     grids=image_grids,
-    num_prefix_tokens=lambda config: 1,
 )
 
 
@@ -106,8 +105,8 @@ def _jepa_project(
     attention, normed = layer.attention, layer.norm1(hidden_states)
     query, key, value = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
     positions = attention.get_position_ids(normed, masks=position_mask)
-    query, key = (attention.apply_rotary_embeddings(states, positions) for states in (query, key))
-    return Attention(query, key, value, attention.scaling)
+    rotated = (attention.apply_rotary_embeddings(states, positions) for states in (query, key))
+    return Attention(*rotated, value, attention.scaling, plain_key=key)
 
 
 # ------------------------------------------------------------------------------------------------------------ InternVL
@@ -126,47 +125,34 @@ def _intern_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor
     return states + layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(states)))
 
 
-# config.model_type of the vision encoder -> family
-FAMILIES = {
-    "clip_vision_model": replace(
-        _SIGLIP,
-        name="CLIP",
-        num_prefix_tokens=lambda config: 1,
-        notes="",
-    ),
+_JEPA = EncoderFamily(
+    kind=ENCODERS["vjepa2"],
+    layers="layer",
+    not_in=("VJEPA2Predictor",),
+    attention="attention",
+    project=_jepa_project,
+    finish=partial(finish_layer, output="attention.proj", norm="norm2", drop="drop_path"),
+    grids=_video_grids,
+    returns_tuple=True,
+)
+_INTERN = EncoderFamily(
+    kind=ENCODERS["internvl_vision"],
+    layers="layer",
+    attention="attention",
+    project=_intern_project,
+    finish=_intern_finish,
+    grids=image_grids,
+    full_shape=True,
+)
+
+FAMILIES = {  # config.model_type of the vision encoder -> family
+    "clip_vision_model": replace(_SIGLIP, kind=ENCODERS["clip_vision_model"]),
     "siglip_vision_model": _SIGLIP,
-    "siglip2_vision_model": replace(
-        _SIGLIP,
-        name="SigLIP 2 NaFlex",
-        notes="recording only: its images are padded to one length, and what reads its output counts in padded patches",
-    ),
+    "siglip2_vision_model": replace(_SIGLIP, kind=ENCODERS["siglip2_vision_model"]),
     "vit": _VIT,
-    "deit": replace(_VIT, name="DeiT", num_prefix_tokens=lambda config: 2),
+    "deit": replace(_VIT, kind=ENCODERS["deit"]),
     "dinov2": _DINO,
-    "dinov2_with_registers": replace(
-        _DINO,
-        name="DINOv2 with registers",
-        num_prefix_tokens=lambda config: 1 + config.num_register_tokens,
-    ),
-    "vjepa2": EncoderFamily(
-        name="V-JEPA 2",
-        layers="layer",
-        not_in=("VJEPA2Predictor",),
-        attention="attention",
-        project=_jepa_project,
-        finish=partial(finish_layer, output="attention.proj", norm="norm2", drop="drop_path"),
-        grids=_video_grids,
-        returns_tuple=True,
-    ),
-    "internvl_vision": EncoderFamily(
-        name="InternVL",
-        layers="layer",
-        attention="attention",
-        project=_intern_project,
-        finish=_intern_finish,
-        grids=image_grids,
-        num_prefix_tokens=lambda config: 1,
-        full_shape=True,
-        notes="pruned as a part of InternVL, not by itself",
-    ),
+    "dinov2_with_registers": replace(_DINO, kind=ENCODERS["dinov2_with_registers"]),
+    "vjepa2": _JEPA,
+    "internvl_vision": _INTERN,
 }

@@ -7,7 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from .encoders import Call, ModelFamily
+from ...facts import MODELS
+from ..call import Call
+from .family import ModelFamily
 
 
 def _last_layer(host: nn.Module, arguments: object) -> int:
@@ -45,10 +47,10 @@ def _check_predictor(call: Call) -> None:
             raise ValueError(f"{name}: expected None, as it counts in tokens of the whole clip")
 
 
-def _encoder(name: str, cls: str, **others: Any) -> ModelFamily:
+def _encoder(model_type: str, cls: str, **others: Any) -> ModelFamily:
     options = {"check": partial(_check_class, cls), "check_call": _check_mask, **others}
     return ModelFamily(
-        name=f"{name} vision encoder ({cls})",
+        kind=MODELS[model_type],
         host=lambda model: getattr(model, "vision_model", model),  # CLIPVisionModelWithProjection holds the encoder
         encoders=lambda host: [host],
         feature_layer=_last_layer,
@@ -57,19 +59,11 @@ def _encoder(name: str, cls: str, **others: Any) -> ModelFamily:
 
 
 FAMILIES = {
-    "clip_vision_model": _encoder("CLIP", "CLIPVisionModel"),
-    "siglip_vision_model": _encoder(
-        "SigLIP", "SiglipVisionModel", check=_check_head, notes="loaded with vision_use_head=False"
-    ),
-    "vit": _encoder("ViT", "ViTModel"),
-    "deit": _encoder("DeiT", "DeiTModel"),
-    "dinov2": _encoder("DINOv2", "Dinov2Model"),
-    "dinov2_with_registers": _encoder("DINOv2 with registers", "Dinov2WithRegistersModel"),
-    "vjepa2": _encoder(
-        "V-JEPA 2",
-        "VJEPA2Model",
-        check_call=_check_predictor,
-        budget_per="clip",
-        notes="called with skip_predictor=True",
-    ),
+    "clip_vision_model": _encoder("clip_vision_model", "CLIPVisionModel"),
+    "siglip_vision_model": _encoder("siglip_vision_model", "SiglipVisionModel", check=_check_head),
+    "vit": _encoder("vit", "ViTModel"),
+    "deit": _encoder("deit", "DeiTModel"),
+    "dinov2": _encoder("dinov2", "Dinov2Model"),
+    "dinov2_with_registers": _encoder("dinov2_with_registers", "Dinov2WithRegistersModel"),
+    "vjepa2": _encoder("vjepa2", "VJEPA2Model", check_call=_check_predictor),
 }

@@ -1,0 +1,475 @@
+"""What a method of pruning visual tokens is: one object that says what it reads, how many tokens stay, and which.
+
+Nothing here or in the other files of this folder knows a model: tensors and sizes come in, indices go out. The patch of
+a Hugging Face model (`hiprune_kernels.patch`) computes what a method needs and carries out what it picks.
+
+What a method reads decides when it runs (`Stage`). How many tokens of an image stay follows from sizes alone
+(`Method.kept`); which ones, from data (`Method.select`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..budget import resolve_budget, tile_budgets
+from ..facts import EncoderFacts
+
+Grid = tuple[int, ...]  # (height, width), or (frames, height, width)
+
+_QUERIES = ("all", "cls", "mean")
+_FEATURES = ("none", "encoder", "language")
+_REDUCTIONS = ("max", "mean", "last")
+
+
+class Stage(enum.Enum):
+    """Where in a forward a method selects."""
+
+    FEATURE_LAYER = "inside the feature layer, which computes the kept tokens only"
+    ENCODER = "behind the feature layer, in front of the connector"
+    LANGUAGE = "in front of the language model"
+
+
+class Needs(NamedTuple):
+    """What a method reads.
+
+    Attributes:
+        scores: 1-based encoder layer, at most the feature layer -> whose attention counts in the token's scores: "all"
+            queries, summed; their "mean"; or the "cls" token's row alone. Heads are averaged, and so are the encoder's
+            rows that make one token.
+        keys: the feature layer's keys, before any rotation, averaged over heads.
+        features: finished rows, of all tokens: of the "encoder", before the connector, or of the "language" model, as
+            they stand in its prompt; or "none".
+        region_features: 1-based encoder layer, at most the feature layer, of whose output each tile's CLS row is
+            wanted, or the mean of its rows where there is no CLS.
+        text: the embeddings of the text of each image's prompt.
+        text_attention: (1-based decoder layer, "max", "mean" or "last"): attention of the text behind an image to its
+            tokens, averaged over heads and then reduced over the text's rows; "last" takes the prompt's last row. The
+            language model's layers up to this one run on the whole prompt for that.
+    """
+
+    scores: Mapping[int, str] = MappingProxyType({})
+    keys: bool = False
+    features: str = "none"
+    region_features: int | None = None
+    text: bool = False
+    text_attention: tuple[int, str] | None = None
+
+    def stage(self, encoder: EncoderFacts) -> Stage:
+        """When a method that needs this selects."""
+        if self.features == "language" or self.text or self.text_attention is not None:
+            return Stage.LANGUAGE
+        whole_regions = self.region_features == encoder.feature_layer and not encoder.has_cls
+        if self.keys or self.features == "encoder" or whole_regions:
+            return Stage.ENCODER
+        return Stage.FEATURE_LAYER
+
+
+class TokenLayout(NamedTuple):
+    """How the tokens of a forward's images lie: host data, from sizes alone.
+
+    Tokens are those that the language model would see. They are counted through all images, tile by tile, each tile in
+    raster order: T in all. An image that is not cut into tiles is one tile; a video's frames may be tiles.
+
+    Attributes:
+        grids: of each tile: (height, width), or (frames, height, width).
+        tiles: how many tiles (or frames) each image (or video) has.
+        unit_rows: [T, G] int64, the encoder's rows behind its prefix that make each token; [N, G] of each tile alike
+            where the encoder takes tiles as a batch. None: row t is token t.
+        placeholders: [P] int64 on the CPU, the token of each placeholder in the prompt; -1 for a newline, which stays.
+            None: placeholder t is token t.
+        pool: where tokens are mixtures of the encoder's rows: from what rows have, [R, C], to what tokens have, [T, C].
+        candidates: [T] bool on the CPU; False for padding, which never reaches the prompt. None: all are.
+        candidate_counts: how many candidates each tile has, where `candidates` is given.
+    """
+
+    grids: tuple[Grid, ...]
+    tiles: tuple[int, ...]
+    unit_rows: Tensor | None = None
+    placeholders: Tensor | None = None
+    pool: Callable[[Tensor], Tensor] | None = None
+    candidates: Tensor | None = None
+    candidate_counts: tuple[int, ...] | None = None
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each tile."""
+        return [math.prod(grid) for grid in self.grids]
+
+    def images(self) -> Iterator[tuple[slice, slice]]:
+        """Of each image: which of the tiles, and which of the T tokens, are its own."""
+        sizes, tile, token = self.sizes, 0, 0
+        for count in self.tiles:
+            size = sum(sizes[tile : tile + count])
+            yield slice(tile, tile + count), slice(token, token + size)
+            tile, token = tile + count, token + size
+
+    def with_candidates(self, candidates: Tensor) -> TokenLayout:
+        """This layout where only some tokens, [T] bool, are candidates."""
+        counts = tuple(int(part.sum()) for part in candidates.split(self.sizes))
+        return self._replace(candidates=candidates, candidate_counts=counts)
+
+    def scores_of_tokens(self, scores: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+        """Scores of an encoder's rows, [B, prefix + N] or packed [R], as scores of tokens, [T]: means over their rows.
+
+        Example:
+            >>> layout = TokenLayout(grids=((1, 2),), tiles=(1,), unit_rows=torch.tensor([[0, 1], [2, 3]]))
+            >>> layout.scores_of_tokens(torch.tensor([1.0, 2.0, 3.0, 5.0]))
+            tensor([1.5000, 4.0000])
+        """
+        if scores.ndim == 2:
+            scores = scores[:, num_prefix_tokens:]
+        if self.unit_rows is not None:
+            scores = scores[..., self.unit_rows.to(scores.device)].mean(dim=-1)
+        return scores.flatten() if self.pool is None else self.pool(scores.reshape(-1, 1)).flatten()
+
+    def rows_of_tokens(self, states: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+        """States of an encoder's rows, [B, prefix + N, C] or packed [R, C], token by token, [T, G, C]."""
+        if states.ndim == 3:
+            states = states[:, num_prefix_tokens:]
+        if self.unit_rows is None:
+            return states.reshape(-1, 1, states.shape[-1])
+        return states[..., self.unit_rows.to(states.device), :].reshape(-1, self.unit_rows.shape[1], states.shape[-1])
+
+    def features_of_tokens(self, states: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+        """Finished rows of an encoder as features of tokens, [T, G C]: the rows of one token stand side by side."""
+        features = self.rows_of_tokens(states, num_prefix_tokens).flatten(1)
+        return features if self.pool is None else self.pool(features)
+
+    def keys_of_tokens(self, keys: Tensor, num_prefix_tokens: int = 0) -> Tensor:
+        """Keys of an encoder's rows, averaged over heads, as keys of tokens, [T, D]: the means over their rows."""
+        tokens = self.rows_of_tokens(keys, num_prefix_tokens).mean(dim=1)
+        return tokens if self.pool is None else self.pool(tokens)
+
+
+class Seen(NamedTuple):
+    """What a method gets to see: what it asked for by `Needs`, on one device. The rest is None or empty.
+
+    Attributes:
+        layout: how the tokens lie.
+        scores: layer -> [T] float32.
+        keys: [T, D].
+        features: [T, C]. Of the encoder, the rows that make one token stand side by side. Of the language model, what
+            never reaches the prompt (padding) is zero.
+        regions: [R, C], a row for each tile that the encoder takes.
+        text: of each image, [M, C]: the text of its prompt, in order, without padding and placeholders.
+        text_scores: [T] float32.
+        encoder: what is known of the encoder.
+        device: where everything is, and where the picks belong.
+    """
+
+    layout: TokenLayout
+    scores: Mapping[int, Tensor] = MappingProxyType({})
+    keys: Tensor | None = None
+    features: Tensor | None = None
+    regions: Tensor | None = None
+    text: Sequence[Tensor] | None = None
+    text_scores: Tensor | None = None
+    encoder: EncoderFacts | None = None
+    device: torch.device = torch.device("cpu")
+
+
+class Picks(NamedTuple):
+    """What a method picks.
+
+    Attributes:
+        indices: [K] int64, the kept tokens, counted in T, ascending. K is the sum of `Method.kept`. Where a tile cannot
+            fill its share, -1 fills the end of it.
+        roles: [T] uint8: 0 for a dropped token, else 1, 2, ... as in `Method.roles`.
+        counts: how many of the indices are of each tile, fill included.
+        fills: whether there may be a -1.
+    """
+
+    indices: Tensor
+    roles: Tensor
+    counts: Sequence[int]
+    fills: bool = False
+
+    @property
+    def even(self) -> bool:
+        """Whether sizes alone tell that every tile keeps the same number of tokens, with no -1 among them."""
+        return not self.fills and len(set(self.counts)) == 1
+
+
+class _SelectionFields(NamedTuple):
+    indices: Tensor
+    roles: Tensor
+    grid: Grid | tuple[Grid, ...]
+
+
+class Selection(_SelectionFields):
+    """Which visual tokens of one image or video survived.
+
+    Attributes:
+        indices: [k] int64, ascending: the kept tokens, counted in raster order without prefix tokens, tile by tile.
+        roles: [N] uint8: 0 dropped, else 1, 2, ... as in `role_names`; of HiPrune: 1 anchor, 2 buffer, 3 register.
+        grid: (height, width) of the token grid; (tiles or frames, height, width) where there are several; a tuple of
+            grids where those differ, as where a model brings the features of many tiles to a smaller common grid.
+        role_names: the method's names for roles 1, 2, ...
+    """
+
+    role_names: tuple[str, ...] = ()
+
+    def __new__(
+        cls, indices: Tensor, roles: Tensor, grid: Grid | tuple[Grid, ...], role_names: tuple[str, ...] = ()
+    ) -> Selection:
+        selection = super().__new__(cls, indices, roles, grid)
+        selection.role_names = role_names
+        return selection
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A method of pruning: options, and what to do with them. Subclass it, as a frozen dataclass with keyword options.
+
+    A method of your own is applied like any other, `apply_method(model, Mine(budget=192))`; nothing is registered.
+
+    Attributes:
+        budget, retention: exactly one of them: visual tokens kept per image (or video), or the share of them.
+        roles: names of the roles 1, 2, ... that `select` gives. Where nothing has to be dropped `select` is not called,
+            and all tokens have the last one.
+        guaranteed: whether what this class's `select` returns is right by construction. What other classes return is
+            checked, which waits for the device.
+
+    Example:
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Brightest(Method):
+        ...     def needs(self, encoder):
+        ...         return Needs(scores={encoder.feature_layer: "all"})
+        ...
+        ...     def select(self, seen):
+        ...         (scores,) = seen.scores.values()
+        ...         return best_of_tiles(scores, seen.layout, self.tile_budgets(seen.layout))
+        >>> Brightest(budget=2).select(Seen(TokenLayout(((2, 2),), (1,)), {24: torch.tensor([1.0, 3.0, 2.0, 0.0])}))[0]
+        tensor([1, 2])
+    """
+
+    budget: int | None = None
+    retention: float | None = None
+
+    roles: ClassVar[tuple[str, ...]] = ("kept",)
+    guaranteed: ClassVar[bool] = False
+
+    def __new__(cls, *args: Any, **options: Any) -> Method:
+        known = [field.name for field in dataclasses.fields(cls) if field.init]
+        unknown = [*map(repr, args), *(name for name in options if name not in known)]
+        if unknown:
+            raise TypeError(f"{cls.__name__}: expected options among {', '.join(known)}, by name, got {unknown[0]}")
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        resolve_budget(1, budget=self.budget, retention=self.retention)
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        """What this method reads. Raises ValueError for an encoder that it cannot serve."""
+        return Needs()
+
+    def tile_budgets(self, layout: TokenLayout) -> list[int]:
+        """Tokens of each tile: the image's budget in proportion to their tokens, at most their candidates, at least 1.
+
+        Raises:
+            ValueError: if the budget leaves a tile without a token.
+        """
+        sizes, budgets = layout.sizes, []
+        for tiles, _ in layout.images():
+            budgets += tile_budgets(sizes[tiles], budget=self.budget, retention=self.retention)
+        if layout.candidate_counts is None:
+            return budgets
+        return [max(1, min(budget, count)) for budget, count in zip(budgets, layout.candidate_counts)]
+
+    def kept(self, layout: TokenLayout) -> list[int]:
+        """Tokens of each image, from sizes alone: serving engines lay out prompts by it before anything is encoded."""
+        budgets = self.tile_budgets(layout)
+        return [sum(budgets[tiles]) for tiles, _ in layout.images()]
+
+    def select(self, seen: Seen) -> Picks:
+        """Which tokens stay; as many of each image as `kept` says."""
+        raise NotImplementedError(f"{type(self).__name__}: expected a method `select`, got none")
+
+    def merge(self, features: Tensor, seen: Seen, picks: Picks) -> Tensor:
+        """What stands in the place of the kept tokens: features [T, C] of all tokens in, [T, C] out.
+
+        Rows of dropped tokens do not matter. The features are those that were asked for by `Needs.features`; where a
+        model interpolates between encoder and prompt (`TokenLayout.pool`), they are the language model's.
+        """
+        return features
+
+
+def options_of(method: type[Method]) -> dict[str, Any]:
+    """A method's options and their defaults."""
+    return {field.name: field.default for field in dataclasses.fields(method) if field.init}
+
+
+def merges(method: Method) -> bool:
+    """Whether a method changes the tokens that it keeps."""
+    return type(method).merge is not Method.merge
+
+
+# ------------------------------------------------------------------------------------------------------ ways to select
+
+
+def best_of_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
+    """In each tile the candidates with the highest scores, [T]; the lowest index wins ties.
+
+    Example:
+        >>> best_of_tiles(torch.tensor([1.0, 3.0, 3.0, 0.0]), TokenLayout(((2, 2),), (1,)), [1]).indices
+        tensor([1])
+    """
+    candidates = None if layout.candidates is None else layout.candidates.to(scores.device)
+    indices, roles = ops.select_tokens_varlen(
+        scores,
+        scores,
+        grids=list(layout.grids),
+        budgets=list(budgets),
+        keep_roles=("register",),
+        candidate_mask=candidates,
+    )
+    empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
+    return Picks(indices, (roles > 0).to(torch.uint8), budgets, fills=empty)
+
+
+def picks_of(indices: Tensor, layout: TokenLayout) -> Picks:
+    """The picks of some tokens, [K], in any order, all of one role. On a GPU this waits for the device.
+
+    Example:
+        >>> picks = picks_of(torch.tensor([5, 0]), TokenLayout(((2, 2), (2, 2)), (2,)))
+        >>> picks.indices, picks.counts
+        (tensor([0, 5]), [1, 1])
+    """
+    indices, sizes = indices.sort().values, layout.sizes
+    roles = torch.zeros(sum(sizes), dtype=torch.uint8, device=indices.device)
+    roles[indices] = 1
+    counts = [int(part.sum()) for part in roles.cpu().split(sizes)]
+    return Picks(indices, roles, counts)
+
+
+# -------------------------------------------------------------------------------------- what third parties may do wrong
+
+
+def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
+    """What a method needs of this encoder, if that is to be had.
+
+    Raises:
+        TypeError, ValueError: naming the method, what was expected and what came.
+    """
+    needs, name = method.needs(encoder), type(method).__name__
+
+    def refuse(what: str, expected: str, got: Any) -> None:
+        raise ValueError(f"{name}: expected {what} {expected}, got {got!r}")
+
+    if not isinstance(needs, Needs):
+        raise TypeError(f"{name}: expected Needs from `needs`, got {type(needs).__name__}")
+    layers = f"of layers 1 to {encoder.feature_layer} (1-based, up to the layer whose output are the features)"
+    for layer, queries in needs.scores.items():
+        if type(layer) is not int or not 1 <= layer <= encoder.feature_layer:
+            refuse("scores", layers, layer)
+        if queries not in _QUERIES:
+            refuse("scores", f"of one of {_QUERIES}", queries)
+        if queries == "cls" and not encoder.has_cls:
+            refuse("scores", f'of "all" or "mean", as {encoder.name} has no CLS token', queries)
+    if needs.features not in _FEATURES:
+        refuse("features", f"to be one of {_FEATURES}", needs.features)
+    layer = needs.region_features
+    if layer is not None and (type(layer) is not int or not 1 <= layer <= encoder.feature_layer):
+        refuse("region_features", layers, layer)
+    if needs.stage(encoder) is Stage.LANGUAGE and not encoder.decoder_layers:
+        wanted = "text" if needs.text or needs.text_attention else "features of the language model"
+        raise ValueError(f"{name}: needs {wanted}, expected a model with a language model, got {encoder.name} alone")
+    if needs.text_attention is not None:
+        layer, reduction = needs.text_attention
+        if type(layer) is not int or not 1 <= layer <= encoder.decoder_layers:
+            refuse("text_attention", f"of decoder layers 1 to {encoder.decoder_layers}", layer)
+        if reduction not in _REDUCTIONS:
+            refuse("text_attention", f"reduced by one of {_REDUCTIONS}", reduction)
+    if merges(method) and needs.features == "none":
+        refuse("features", 'to be "encoder" or "language", as it merges them', needs.features)
+    return needs
+
+
+def checked_kept(method: Method, layout: TokenLayout) -> list[int]:
+    """How many tokens of each image a method keeps.
+
+    Raises:
+        ValueError: naming the method, if these are not numbers of tokens that the images have.
+    """
+    kept, images = method.kept(layout), [tokens.stop - tokens.start for _, tokens in layout.images()]
+    right = isinstance(kept, (list, tuple)) and len(kept) == len(images)
+    if not right or not all(type(count) is int and 1 <= count <= size for count, size in zip(kept, images)):
+        raise ValueError(
+            f"{type(method).__name__}.kept: expected a list of {len(images)} ints, from 1 to the images' tokens "
+            f"{images}, got {kept!r}"
+        )
+    return list(kept)
+
+
+def checked_picks(method: Method, picks: Picks, layout: TokenLayout, device: torch.device) -> Picks:
+    """A method's picks, if they are right.
+
+    Raises:
+        TypeError, ValueError: naming the method, what was expected and what came.
+    """
+    name, sizes = f"{type(method).__name__}.select", layout.sizes
+    if not isinstance(picks, Picks):
+        raise TypeError(f"{name}: expected Picks, got {type(picks).__name__}")
+    indices, roles, counts, _ = picks
+    for what, tensor, dtype in (("indices", indices, torch.int64), ("roles", roles, torch.uint8)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected {what} to be a tensor, got {type(tensor).__name__}")
+        if tensor.dtype != dtype or tensor.ndim != 1:
+            raise ValueError(f"{name}: expected {what} [n] of {dtype}, got {list(tensor.shape)} of {tensor.dtype}")
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected {what} on {device}, got {what} on {tensor.device}")
+    if len(roles) != sum(sizes):
+        raise ValueError(f"{name}: expected roles of {sum(sizes)} tokens, got {len(roles)}")
+    if len(counts) != len(sizes) or not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"{name}: expected counts of {len(sizes)} tiles, got {counts!r}")
+    kept = checked_kept(method, layout)
+    found = [sum(counts[tiles]) for tiles, _ in layout.images()]
+    if found != kept or len(indices) != sum(kept):
+        raise ValueError(
+            f"{name}: expected {kept} tokens of each image, as `kept` says, got counts of {found} and {len(indices)} "
+            "indices"
+        )
+    return picks if _is_guaranteed(type(method)) else _checked_values(name, picks, len(method.roles), sizes)
+
+
+def _is_guaranteed(method: type[Method]) -> bool:
+    """Whether the class that `select` comes from, and not one that it inherits from, gives its word."""
+    return next(vars(cls).get("guaranteed", False) for cls in method.__mro__ if "select" in vars(cls))
+
+
+def _checked_values(name: str, picks: Picks, num_roles: int, sizes: Sequence[int]) -> Picks:
+    indices, roles = picks.indices.cpu(), picks.roles.cpu()
+    first = 0
+    for tile, (part, size) in enumerate(zip(indices.split(list(picks.counts)), sizes)):
+        here = part[part >= 0]
+        for index in part[: len(here)][part[: len(here)] < 0].tolist():
+            raise ValueError(f"{name}: expected fill at the end of tile {tile}'s indices, got {index} before others")
+        for index in here[(here < first) | (here >= first + size)].tolist():
+            raise ValueError(f"{name}: expected indices {first} to {first + size - 1} in tile {tile}, got {index}")
+        for step in (here.diff() <= 0).nonzero()[:, 0].tolist():
+            pair = f"{int(here[step])}, {int(here[step + 1])}"
+            raise ValueError(f"{name}: expected ascending indices, each once, in tile {tile}, got {pair}")
+        first += size
+    chosen = indices[indices >= 0]
+    expected = torch.zeros(len(roles), dtype=torch.bool)
+    expected[chosen] = True
+    for token in ((roles > 0) != expected).nonzero()[:, 0].tolist():
+        kept = "a kept" if expected[token] else "a dropped"
+        raise ValueError(
+            f"{name}: expected roles above 0 for the kept tokens alone, got {int(roles[token])} for {kept}"
+        )
+    if len(roles) and int(roles.max()) > num_roles:
+        raise ValueError(
+            f"{name}: expected roles up to {num_roles}, as the method has names for, got {int(roles.max())}"
+        )
+    return picks._replace(fills=len(chosen) < len(indices))

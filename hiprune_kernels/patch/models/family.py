@@ -1,0 +1,45 @@
+"""What differs between models around a vision encoder: the record that every family fills in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ...facts import ModelKind
+from ...methods import TokenLayout
+from ...methods.base import Grid
+from ..call import Call
+
+
+def one_tile_each(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
+    """Every image is one tile, and its tokens follow one another in the prompt."""
+    return TokenLayout(tuple(grids), (1,) * len(grids))
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """One entry per model type in `hiprune_kernels.patch.FAMILIES`."""
+
+    kind: ModelKind
+    # model -> the module whose forward opens a call
+    host: Callable[[nn.Module], nn.Module]
+    # host -> its vision encoders
+    encoders: Callable[[nn.Module], Sequence[nn.Module]]
+    # (host, its forward's arguments) -> 1-based layer
+    feature_layer: Callable[[nn.Module, dict[str, Any]], int]
+    # raises if this host is not supported
+    check: Callable[[nn.Module], None] = lambda host: None
+    # raises for what a pruned forward cannot give
+    check_call: Callable[[Call], None] = lambda call: None
+    # (call, grids of what the encoder gets, whether these are videos) -> how the tokens lie
+    layout: Callable[[Call, list[Grid], bool], TokenLayout] = one_tile_each
+    # what takes features to the language model
+    connector: Callable[[nn.Module], nn.Module | None] = lambda host: None
+    language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
+    # the token id of placeholders of videos
+    video_token: Callable[[Call], int] = lambda call: call.patch.host.config.video_token_id
+    # M-RoPE: position ids of the language model tell places in images
+    multimodal_positions: bool = False
