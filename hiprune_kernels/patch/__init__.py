@@ -17,6 +17,7 @@ from .edits import clear_methods
 from .encoders import ENCODERS, find_encoder
 from .generate import install_generation
 from .language import install_language
+from .late import check_probe
 from .models import FAMILIES, ModelFamily
 from .recording import LayerScores, record_scores
 from .tap import clear_taps, refuse_tapped, tap_attention
@@ -233,15 +234,16 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
     language_model = family.language_model(host)
     feature_layer = family.feature_layer(host, {})
     decoder_layers = 0 if language_model is None else language_model.config.num_hidden_layers
+    around = {"feature_layer": feature_layer, "tiled": tiled, "decoder_layers": decoder_layers}
+    encoders = [_prepare_encoder(encoder, method, **around) for encoder in family.encoders(host)]
+    for encoder in encoders:
+        check_probe(method, encoder.needs, language_model)
     return Patch(
         method=method,
         unpad=unpad,
         family=family,
         host=host,
-        encoders=[
-            _prepare_encoder(encoder, method, feature_layer=feature_layer, tiled=tiled, decoder_layers=decoder_layers)
-            for encoder in family.encoders(host)
-        ],
+        encoders=encoders,
         connector=family.connector(host),
         language_model=language_model,
         argument_names=forward_names(host),

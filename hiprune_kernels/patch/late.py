@@ -17,13 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..methods import Stage
+from ..methods import Method, Needs, Stage
 from ..methods.base import merges
 from .call import Call, Run
 from .edits import refuse_replaced
 from .tap import Attention, listen_to_copy
 
 _ATTENTION = "self_attn"  # of a decoder layer, in all language models that are supported
+
+
+def check_probe(method: Method, needs: Needs, language_model: nn.Module) -> None:
+    """Raise ValueError if the decoder layer whose attention a method reads has none, but is a linear one."""
+    if needs.text_attention is None:
+        return
+    layers = [i for i, layer in enumerate(language_model.layers, 1) if hasattr(layer, _ATTENTION)]
+    if needs.text_attention[0] not in layers:
+        raise ValueError(
+            f"{type(method).__name__}: expected text_attention of a decoder layer with softmax attention, one of "
+            f"{layers}, got {needs.text_attention[0]}"
+        )
 
 
 @dataclass
@@ -211,9 +223,7 @@ def _probe(call: Call, kwargs: dict[str, Any], layer: int, beams: int, seen: int
     layers = [getattr(each, "_orig_mod", each) for each in module.layers[:layer]]
     refuse_replaced(layers[-1], "forward")
     last = _shallow_copy(layers[-1])
-    attention = getattr(last, _ATTENTION, None)
-    if attention is None:
-        raise ValueError(f"{name}: expected a decoder layer with softmax attention, but layer {layer} has none")
+    attention = getattr(last, _ATTENTION)
     refuse_replaced(attention, "forward")
     last._modules[_ATTENTION] = listen_to_copy(_shallow_copy(attention), listener)
     cut = _shallow_copy(module)

@@ -82,12 +82,17 @@ def _drop_unseen_features(call: Call, output: Any) -> None:
 
 
 def _seen_rows(features: Any, kept: Tensor) -> Any:
-    """The rows that stay, in the form that the features have: [P, C], [images, P, C], or a list or tuple of [P, C]."""
+    """The rows that stay, in the form that the features have: [P, C], [images, P, C], or a list or tuple of [P, C].
+
+    Where images of a batch keep different numbers, a tuple.
+    """
     if isinstance(features, Tensor) and features.ndim == 2:
         return features[kept.to(features.device)]
     rows = kept.split([len(image) for image in features])
     seen = [image[row.to(image.device)] for image, row in zip(features, rows)]
-    return torch.stack(seen) if isinstance(features, Tensor) else type(features)(seen)
+    if not isinstance(features, Tensor):
+        return type(features)(seen)
+    return torch.stack(seen) if len({len(image) for image in seen}) == 1 else tuple(seen)
 
 
 # ---------------------------------------------------------------------------------------------------- an encoder's run
