@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from . import budget, methods
+from . import budget as budget
+from . import methods as methods
 from .methods import (
     DivPrune,
     FasterVLM,
@@ -86,13 +87,11 @@ __all__ = [
     "attention_scores_varlen",
     "attention_with_scores",
     "attention_with_scores_varlen",
-    "budget",
     "check_inputs",
     "check_model",
     "hiprune",
     "is_patched",
     "last_selection",
-    "methods",
     "prune_tokens",
     "prune_tokens_varlen",
     "record_scores",

@@ -59,7 +59,10 @@ def test_a_library_that_does_not_load_is_an_error(tmp_path):
     assert run(code) == "undefined symbol"
 
 
-@pytest.mark.parametrize("name", ["budget", "ops.attention", "ops.selection", "ops.inputs", "ops.library"])
+METHODS = [f"methods.{name}" for name in ("base", "hiprune", "fastervlm", "divprune", "baselines")]
+
+
+@pytest.mark.parametrize("name", ["budget", "ops.attention", "ops.selection", "ops.inputs", "ops.library", *METHODS])
 def test_docstring_examples(name):
     module = importlib.import_module(f"hiprune_kernels.{name}")
     names = {"torch": importlib.import_module("torch")}
