@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING
 from . import budget as budget
 from . import methods as methods
 from .methods import (
+    PTP,
     DivPrune,
     FasterVLM,
+    FastV,
     HiPrune,
+    HiRED,
     Method,
     Needs,
     Picks,
@@ -67,9 +70,12 @@ _FROM_PATCH = (
 )
 
 __all__ = [
+    "PTP",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "HiPrune",
+    "HiRED",
     "Method",
     "Needs",
     "Picks",

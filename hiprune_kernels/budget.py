@@ -76,6 +76,47 @@ def tile_budgets(sizes: Sequence[int], *, budget: int | None = None, retention: 
     return [resolve_budget(size, budget=share, retention=retention) for size, share in zip(sizes, shares)]
 
 
+def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
+    """A budget shared out by weights, to the last token: ``min(total, sum(caps))`` in all.
+
+    Parts that would get their cap or more get the cap, and the rest is shared anew, until none is full. Then all get
+    the whole tokens of their quotas. What is left goes one each to the largest fractions; the lower index wins ties.
+
+    Args:
+        weights: of each part, at least 0; parts are equal where all are 0.
+        total: tokens to share.
+        caps: the most that each part can take.
+
+    Raises:
+        ValueError: if there are not as many caps as weights, or a weight is negative or not finite.
+
+    Example:
+        >>> shares([0.7, 0.1, 0.1, 0.1], 40, [16] * 4)
+        [16, 8, 8, 8]
+    """
+    if len(weights) != len(caps):
+        raise ValueError(f"caps: expected {len(weights)}, one for each weight, got {len(caps)}")
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"weights: expected finite numbers of at least 0, got {list(weights)}")
+    budgets, left, parts = [0] * len(weights), min(total, sum(caps)), list(range(len(weights)))
+    while parts:
+        scale = sum(weights[i] for i in parts)
+        quotas = {i: left * weights[i] / scale if scale else left / len(parts) for i in parts}
+        full = [i for i in parts if quotas[i] >= caps[i]]
+        if not full:
+            break
+        for i in full:
+            budgets[i] = caps[i]
+            left -= caps[i]
+            parts.remove(i)
+    for i in parts:
+        budgets[i] = int(quotas[i])
+    left -= sum(budgets[i] for i in parts)
+    for i in sorted(parts, key=lambda i: budgets[i] - quotas[i])[:left]:
+        budgets[i] += 1
+    return budgets
+
+
 def kept_anyres_tokens(
     size: Sequence[int],
     *,
@@ -173,6 +214,12 @@ def _check_float(name: str, value: float) -> None:
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
 
 
+def check_share(name: str, value: float) -> None:
+    _check_float(name, value)
+    if not 0.0 <= value <= 1.0:  # also catches NaN
+        raise ValueError(f"{name}: expected a share in [0, 1], got {value}")
+
+
 def check_list(name: str, value: Sequence) -> None:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name}: expected a list or tuple, got {type(value).__name__}")
@@ -207,9 +254,7 @@ def check_budget(name: str, budget: int, grid: Sequence[int]) -> None:
 
 def check_selection_options(alpha: float, rule: str, neighborhood: str, keep_roles: Sequence[str]) -> None:
     """Raise ValueError or TypeError, naming the argument, unless these options of a selection are valid."""
-    _check_float("alpha", alpha)
-    if not 0.0 <= alpha <= 1.0:  # also catches NaN
-        raise ValueError(f"alpha: expected a share in [0, 1], got {alpha}")
+    check_share("alpha", alpha)
     check_choice("rule", rule, RULES)
     check_choice("neighborhood", neighborhood, tuple(CLUSTER_SIZES))
     if keep_roles is ROLE_NAMES:

@@ -38,6 +38,7 @@ class EncoderFacts(NamedTuple):
     num_prefix_tokens: int
     tiled: bool = False  # the model cuts an image into a thumbnail and tiles, and encodes each by itself
     decoder_layers: int = 0  # layers of the language model; 0: there is none
+    attention_layers: tuple[int, ...] = ()  # those of them, 1-based, with softmax attention
 
     @property
     def name(self) -> str:
@@ -47,6 +48,10 @@ class EncoderFacts(NamedTuple):
     def has_cls(self) -> bool:
         """Whether row 0 is a CLS token."""
         return self.num_prefix_tokens > 0
+
+    def attention_layer(self, layer: int) -> int:
+        """The first decoder layer from this one on that has softmax attention; the layer itself where none has."""
+        return next((each for each in self.attention_layers if each >= layer), layer)
 
     @property
     def object_layer(self) -> int:
@@ -59,7 +64,8 @@ class ModelKind(NamedTuple):
 
     name: str  # as people call it, and its transformers class
     budget_per: str = "image"  # what `budget` counts the tokens of
-    tiled: bool = False  # images are cut into a thumbnail and tiles, whose padding is cut away before the prompt
+    thumbnail: int | None = None  # images are cut into tiles, and this one shows the whole: 0 the first, -1 the last
+    unpad: bool = False  # the padding of tiles is cut away before the prompt
     notes: str = ""  # what `hiprune info --models` says of limits
 
 
@@ -98,13 +104,15 @@ MODELS = {  # config.model_type of the model -> what is known
     "llava": ModelKind("LLaVA-1.5 (LlavaForConditionalGeneration)"),
     "llava_next": ModelKind(
         "LLaVA-NeXT (LlavaNextForConditionalGeneration)",
-        tiled=True,
+        thumbnail=0,
+        unpad=True,
         notes="the budget is shared out equally among an image's tiles; newlines stay besides",
     ),
     "llava_onevision": ModelKind(
         "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)",
         budget_per="image or video",
-        tiled=True,
+        thumbnail=0,
+        unpad=True,
         notes="the budget is shared out equally among an image's tiles or a video's frames, newlines stay besides; "
         "interpolated features (large images, videos) are computed for all tokens and selected afterwards",
     ),
@@ -125,6 +133,7 @@ MODELS = {  # config.model_type of the model -> what is known
     "internvl": ModelKind(
         "InternVL (InternVLForConditionalGeneration)",
         budget_per="tile",
+        thumbnail=-1,
         notes="an image's tiles and a video's frames count as images of their own",
     ),
     "clip_vision_model": ModelKind("CLIP vision encoder (CLIPVisionModel)"),

@@ -20,13 +20,19 @@ from .base import (
 from .baselines import Random, UniformGrid
 from .divprune import DivPrune
 from .fastervlm import FasterVLM
+from .fastv import FastV
 from .hiprune import HiPrune
+from .hired import HiRED
+from .ptp import PTP
 
 __all__ = [
     "METHODS",
+    "PTP",
     "DivPrune",
+    "FastV",
     "FasterVLM",
     "HiPrune",
+    "HiRED",
     "Method",
     "Needs",
     "Picks",
@@ -43,8 +49,11 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {  # the command line's names
     "hiprune": HiPrune,
+    "ptp": PTP,
     "fastervlm": FasterVLM,
+    "hired": HiRED,
     "divprune": DivPrune,
+    "fastv": FastV,
     "random": Random,
     "uniform-grid": UniformGrid,
 }

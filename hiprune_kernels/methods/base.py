@@ -27,7 +27,7 @@ from ..facts import EncoderFacts
 Grid = tuple[int, ...]  # (height, width), or (frames, height, width)
 
 _QUERIES = ("all", "cls", "mean")
-_FEATURES = ("none", "encoder", "language")
+_FEATURES = ("none", "encoder", "language", "both")
 _REDUCTIONS = ("max", "mean", "last")
 
 
@@ -48,10 +48,10 @@ class Needs(NamedTuple):
             rows that make one token.
         keys: the feature layer's keys, before any rotation, averaged over heads.
         features: finished rows, of all tokens: of the "encoder", before the connector, or of the "language" model, as
-            they stand in its prompt; or "none".
+            they stand in its prompt; "both", or "none".
         region_features: 1-based encoder layer, at most the feature layer, of whose output each tile's CLS row is
             wanted, or the mean of its rows where there is no CLS.
-        text: the embeddings of the text of each image's prompt.
+        text: the text of each image's prompt: its embeddings, and the ids of its tokens.
         text_attention: (1-based decoder layer, "max", "mean" or "last"): attention of the text behind an image to its
             tokens, averaged over heads and then reduced over the text's rows; "last" takes the prompt's last row. The
             language model's layers up to this one run on the whole prompt for that.
@@ -66,7 +66,7 @@ class Needs(NamedTuple):
 
     def stage(self, encoder: EncoderFacts) -> Stage:
         """When a method that needs this selects."""
-        if self.features == "language" or self.text or self.text_attention is not None:
+        if self.features in ("language", "both") or self.text or self.text_attention is not None:
             return Stage.LANGUAGE
         whole_regions = self.region_features == encoder.feature_layer and not encoder.has_cls
         if self.keys or self.features == "encoder" or whole_regions:
@@ -90,6 +90,10 @@ class TokenLayout(NamedTuple):
         pool: where tokens are mixtures of the encoder's rows: from what rows have, [R, C], to what tokens have, [T, C].
         candidates: [T] bool on the CPU; False for padding, which never reaches the prompt. None: all are.
         candidate_counts: how many candidates each tile has, where `candidates` is given.
+        pictures: how many tiles each picture was cut into, where the model takes each tile for an image of its own.
+        thumbnail: where pictures are cut into several tiles, which of them shows the whole: 0 the first, -1 the last.
+        tile_grids: of each image, (rows, columns) in which its tiles but the thumbnail lie. None: not known.
+        encoder_tiles: how many tiles of each image the encoder takes, where `pool` makes them fewer.
     """
 
     grids: tuple[Grid, ...]
@@ -99,6 +103,10 @@ class TokenLayout(NamedTuple):
     pool: Callable[[Tensor], Tensor] | None = None
     candidates: Tensor | None = None
     candidate_counts: tuple[int, ...] | None = None
+    pictures: tuple[int, ...] | None = None
+    thumbnail: int | None = None
+    tile_grids: tuple[tuple[int, int], ...] | None = None
+    encoder_tiles: tuple[int, ...] | None = None
 
     @property
     def sizes(self) -> list[int]:
@@ -159,10 +167,12 @@ class Seen(NamedTuple):
         scores: layer -> [T] float32.
         keys: [T, D].
         features: [T, C]. Of the encoder, the rows that make one token stand side by side. Of the language model, what
-            never reaches the prompt (padding) is zero.
+            never reaches the prompt (padding) is zero; where both were asked for, these are its.
+        encoder_features: [T, C], those of the encoder where both were asked for.
         regions: [R, C], a row for each tile that the encoder takes.
         text: of each image, [M, C]: the text of its prompt, in order, without padding and placeholders.
         text_scores: [T] float32.
+        text_ids: of each image, [M] int64; None where a prompt came as embeddings.
         encoder: what is known of the encoder.
         device: where everything is, and where the picks belong.
     """
@@ -174,6 +184,8 @@ class Seen(NamedTuple):
     regions: Tensor | None = None
     text: Sequence[Tensor] | None = None
     text_scores: Tensor | None = None
+    text_ids: Sequence[Tensor] | None = None
+    encoder_features: Tensor | None = None
     encoder: EncoderFacts | None = None
     device: torch.device = torch.device("cpu")
 
@@ -187,12 +199,14 @@ class Picks(NamedTuple):
         roles: [T] uint8: 0 for a dropped token, else 1, 2, ... as in `Method.roles`.
         counts: how many of the indices are of each tile, fill included.
         fills: whether there may be a -1.
+        notes: of each image what a reader of `last_selection` should know, such as that its prompt has no text.
     """
 
     indices: Tensor
     roles: Tensor
     counts: Sequence[int]
     fills: bool = False
+    notes: Sequence[str] = ()
 
     @property
     def even(self) -> bool:
@@ -215,15 +229,22 @@ class Selection(_SelectionFields):
         grid: (height, width) of the token grid; (tiles or frames, height, width) where there are several; a tuple of
             grids where those differ, as where a model brings the features of many tiles to a smaller common grid.
         role_names: the method's names for roles 1, 2, ...
+        note: what the method says of this image, such as that its prompt had no text.
     """
 
     role_names: tuple[str, ...] = ()
+    note: str = ""
 
     def __new__(
-        cls, indices: Tensor, roles: Tensor, grid: Grid | tuple[Grid, ...], role_names: tuple[str, ...] = ()
+        cls,
+        indices: Tensor,
+        roles: Tensor,
+        grid: Grid | tuple[Grid, ...],
+        role_names: tuple[str, ...] = (),
+        note: str = "",
     ) -> Selection:
         selection = super().__new__(cls, indices, roles, grid)
-        selection.role_names = role_names
+        selection.role_names, selection.note = role_names, note
         return selection
 
 
@@ -237,6 +258,10 @@ class Method:
         budget, retention: exactly one of them: visual tokens kept per image (or video), or the share of them.
         roles: names of the roles 1, 2, ... that `select` gives. Where nothing has to be dropped `select` is not called,
             and all tokens have the last one.
+        whole_images: whether a budget is of the picture that was cut into tiles, also where a model takes tiles for
+            images of their own (InternVL).
+        original_positions: whether kept tokens and the text keep the position ids that they have among all tokens; else
+            they move up, but for models whose positions tell places in images.
         guaranteed: whether what this class's `select` returns is right by construction. What other classes return is
             checked, which waits for the device.
 
@@ -257,6 +282,8 @@ class Method:
     retention: float | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("kept",)
+    whole_images: ClassVar[bool] = False
+    original_positions: ClassVar[bool] = False
     guaranteed: ClassVar[bool] = False
 
     def __new__(cls, *args: Any, **options: Any) -> Method:
@@ -317,24 +344,88 @@ def merges(method: Method) -> bool:
 # ------------------------------------------------------------------------------------------------------ ways to select
 
 
+def cls_queries(encoder: EncoderFacts) -> str:
+    """Whose attention stands for that of the CLS token: without one, the mean of all queries'."""
+    return "cls" if encoder.has_cls else "mean"
+
+
+def no_cls_note(encoder: EncoderFacts) -> str:
+    """What `last_selection` says of an encoder without a CLS token."""
+    return "" if encoder.has_cls else "no CLS token: the mean over all queries stands for its attention"
+
+
+def image_budgets(method: Method, layout: TokenLayout) -> list[int]:
+    """Tokens of each image, where its tiles are one set of candidates: `Method.kept` of methods that share by data."""
+    counts = layout.candidate_counts or layout.sizes
+    totals = (sum(counts[tiles]) for tiles, _ in layout.images())
+    return [resolve_budget(total, budget=method.budget, retention=method.retention) for total in totals]
+
+
+def areas_of_tiles(scores: Tensor, tile_grid: tuple[int, int]) -> Tensor:
+    """The sum of a thumbnail's scores [h, w] over the area of each tile of (rows, columns): [rows * columns].
+
+    Row i of h lies in tile row ``i * rows // h``.
+
+    Example:
+        >>> areas_of_tiles(torch.arange(4.0).view(2, 2), (1, 2))
+        tensor([2., 4.])
+    """
+    rows, columns = (
+        torch.arange(length, device=scores.device) * count // length for length, count in zip(scores.shape, tile_grid)
+    )
+    tiles = (rows[:, None] * tile_grid[1] + columns).flatten()
+    return scores.new_zeros(math.prod(tile_grid)).index_add(0, tiles, scores.flatten())
+
+
 def best_of_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
-    """In each tile the candidates with the highest scores, [T]; the lowest index wins ties.
+    """In each tile the candidates with the highest scores, [T]; the lowest index wins ties. A budget may be 0.
 
     Example:
         >>> best_of_tiles(torch.tensor([1.0, 3.0, 3.0, 0.0]), TokenLayout(((2, 2),), (1,)), [1]).indices
         tensor([1])
     """
-    candidates = None if layout.candidates is None else layout.candidates.to(scores.device)
+    mask = None if layout.candidates is None else layout.candidates.to(scores.device)
+    if 0 in budgets:  # the operator takes no such tiles
+        return _best_of_some_tiles(scores, layout, budgets)
     indices, roles = ops.select_tokens_varlen(
         scores,
         scores,
         grids=list(layout.grids),
         budgets=list(budgets),
         keep_roles=("register",),
-        candidate_mask=candidates,
+        candidate_mask=mask,
     )
     empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
     return Picks(indices, (roles > 0).to(torch.uint8), budgets, fills=empty)
+
+
+def _best_of_some_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
+    """`best_of_tiles` of the tiles whose budget is not 0."""
+    tokens = torch.arange(len(scores)).split(layout.sizes)
+    some = [i for i, budget in enumerate(budgets) if budget]
+    here = torch.cat([tokens[i] for i in some])
+    part = TokenLayout(tuple(layout.grids[i] for i in some), (1,) * len(some))
+    if layout.candidates is not None:
+        part = part.with_candidates(layout.candidates[here])
+    here = here.to(scores.device)
+    picks = best_of_tiles(scores[here], part, [budgets[i] for i in some])
+    roles = picks.roles.new_zeros(len(scores)).index_copy(0, here, picks.roles)
+    indices = here[picks.indices.clamp(min=0)]
+    return Picks(torch.where(picks.indices < 0, -1, indices), roles, budgets, picks.fills)
+
+
+def best_of_images(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
+    """In each image, whatever its tiles, the candidates with the highest scores, [T]; the lowest index wins ties."""
+    whole = TokenLayout(
+        tuple((1, tokens.stop - tokens.start) for _, tokens in layout.images()), (1,) * len(layout.tiles)
+    )
+    if layout.candidates is not None:
+        whole = whole.with_candidates(layout.candidates)
+    picks = best_of_tiles(scores, whole, budgets)
+    if len(layout.tiles) == len(layout.grids):
+        return picks
+    counts = [int(part.sum()) for part in picks.roles.cpu().split(layout.sizes)]
+    return picks._replace(counts=counts)
 
 
 def picks_of(indices: Tensor, layout: TokenLayout) -> Picks:
@@ -388,10 +479,13 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
         layer, reduction = needs.text_attention
         if type(layer) is not int or not 1 <= layer <= encoder.decoder_layers:
             refuse("text_attention", f"of decoder layers 1 to {encoder.decoder_layers}", layer)
+        if layer not in encoder.attention_layers:
+            one_of = ", ".join(map(str, encoder.attention_layers))
+            refuse("text_attention", f"of a decoder layer with softmax attention, one of {one_of}", layer)
         if reduction not in _REDUCTIONS:
             refuse("text_attention", f"reduced by one of {_REDUCTIONS}", reduction)
     if merges(method) and needs.features == "none":
-        refuse("features", 'to be "encoder" or "language", as it merges them', needs.features)
+        refuse("features", "of the encoder or the language model, as it merges them,", needs.features)
     return needs
 
 
@@ -420,7 +514,7 @@ def checked_picks(method: Method, picks: Picks, layout: TokenLayout, device: tor
     name, sizes = f"{type(method).__name__}.select", layout.sizes
     if not isinstance(picks, Picks):
         raise TypeError(f"{name}: expected Picks, got {type(picks).__name__}")
-    indices, roles, counts, _ = picks
+    indices, roles, counts = picks[:3]
     for what, tensor, dtype in (("indices", indices, torch.int64), ("roles", roles, torch.uint8)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected {what} to be a tensor, got {type(tensor).__name__}")

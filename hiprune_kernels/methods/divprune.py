@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import resolve_budget
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, picks_of
+from .base import Method, Needs, Picks, Seen, TokenLayout, image_budgets, picks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,15 +31,14 @@ class DivPrune(Method):
         tensor([3, 0, 2])
     """
 
+    whole_images: ClassVar[bool] = True
     guaranteed: ClassVar[bool] = True
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         return Needs(features="language")
 
     def kept(self, layout: TokenLayout) -> list[int]:
-        counts = layout.candidate_counts or layout.sizes
-        totals = [sum(counts[tiles]) for tiles, _ in layout.images()]
-        return [resolve_budget(total, budget=self.budget, retention=self.retention) for total in totals]
+        return image_budgets(self, layout)
 
     def select(self, seen: Seen) -> Picks:
         layout, chosen = seen.layout, []

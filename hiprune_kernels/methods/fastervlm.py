@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, best_of_tiles
+from .base import Method, Needs, Picks, Seen, best_of_tiles, cls_queries, no_cls_note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +28,9 @@ class FasterVLM(Method):
     guaranteed: ClassVar[bool] = True
 
     def needs(self, encoder: EncoderFacts) -> Needs:
-        return Needs(scores={encoder.feature_layer: "cls" if encoder.has_cls else "mean"})
+        return Needs(scores={encoder.feature_layer: cls_queries(encoder)})
 
     def select(self, seen: Seen) -> Picks:
         (scores,) = seen.scores.values()
-        return best_of_tiles(scores, seen.layout, self.tile_budgets(seen.layout))
+        picks = best_of_tiles(scores, seen.layout, self.tile_budgets(seen.layout))
+        return picks._replace(notes=[no_cls_note(seen.encoder)] * len(seen.layout.tiles))

@@ -17,7 +17,7 @@ from .edits import clear_methods
 from .encoders import ENCODERS, find_encoder
 from .generate import install_generation
 from .language import install_language
-from .late import check_probe
+from .late import attention_layers
 from .models import FAMILIES, ModelFamily
 from .recording import LayerScores, record_scores
 from .tap import clear_taps, refuse_tapped, tap_attention
@@ -227,17 +227,16 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
         raise TypeError(f"method: expected a Method, such as HiPrune(budget=192), got {got}")
     host = family.host(model)
     family.check(host)
-    tiled = family.kind.tiled
-    if unpad is not None and not (isinstance(unpad, str) and tiled and unpad in ("before", "after")):
-        expected = '"before" or "after"' if tiled else f"None for a {type(model).__name__}"
+    kind = family.kind
+    if unpad is not None and not (isinstance(unpad, str) and kind.unpad and unpad in ("before", "after")):
+        expected = '"before" or "after"' if kind.unpad else f"None for a {type(model).__name__}"
         raise ValueError(f"unpad: expected {expected}, got {unpad!r}")
     language_model = family.language_model(host)
-    feature_layer = family.feature_layer(host, {})
-    decoder_layers = 0 if language_model is None else language_model.config.num_hidden_layers
-    around = {"feature_layer": feature_layer, "tiled": tiled, "decoder_layers": decoder_layers}
+    around: dict[str, Any] = {"feature_layer": family.feature_layer(host, {}), "tiled": kind.thumbnail is not None}
+    if language_model is not None:
+        around["decoder_layers"] = len(language_model.layers)
+        around["attention_layers"] = attention_layers(language_model)
     encoders = [_prepare_encoder(encoder, method, **around) for encoder in family.encoders(host)]
-    for encoder in encoders:
-        check_probe(method, encoder.needs, language_model)
     return Patch(
         method=method,
         unpad=unpad,
@@ -250,7 +249,7 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
     )
 
 
-def _prepare_encoder(module: nn.Module, method: Method, *, feature_layer: int, **around: Any) -> PatchedEncoder:
+def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> PatchedEncoder:
     if not isinstance(module, PreTrainedModel):  # a wrapper, whose forward does not show what it takes
         raise ValueError(f"model: expected a transformers.PreTrainedModel for its vision, got {type(module).__name__}")
     family, config, layers = find_encoder(module)
@@ -258,12 +257,11 @@ def _prepare_encoder(module: nn.Module, method: Method, *, feature_layer: int, *
         config.model_type,
         family.kind,
         depth=len(layers),
-        feature_layer=feature_layer,
         num_prefix_tokens=family.kind.num_prefix_tokens(config),
         **around,
     )
     needs = checked_needs(method, facts)
-    refuse_bypassed(layers[feature_layer - 1], family)
+    refuse_bypassed(layers[facts.feature_layer - 1], family)
     return PatchedEncoder(module, family, facts, config, layers, needs, forward_names(module))
 
 

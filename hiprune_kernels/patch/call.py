@@ -202,13 +202,14 @@ class Run:
 
     def selections(self, role_names: tuple[str, ...]) -> Iterator[Selection]:
         """What was kept of each image."""
-        row = 0
+        row, notes = 0, iter(self.picks.notes)
         for tiles, tokens in self.layout.images():
             grids, count = self.layout.grids[tiles], sum(self.picks.counts[tiles])
             indices = self.picks.indices[row : row + count]
             if self.picks.fills:
                 indices = indices[indices >= 0]
-            yield Selection(indices - tokens.start, self.picks.roles[tokens], _common_grid(grids), role_names)
+            roles, note = self.picks.roles[tokens], next(notes, "")
+            yield Selection(indices - tokens.start, roles, _common_grid(grids), role_names, note)
             row += count
 
 

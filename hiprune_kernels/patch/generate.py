@@ -109,7 +109,8 @@ def _maybe_prepare_encoder_kwargs_for_generation(
             f"num_beams: the beams of transformers {transformers.__version__} itself are wrong for a "
             f"{type(self).__name__} with images; install another, or leave num_beams and num_return_sequences at 1"
         )
-    call = Call(self.base_model.__dict__[PATCH], dict(model_kwargs), prompts=len(inputs_tensor))
+    arguments = {**model_kwargs, model_input_name or "input_ids": inputs_tensor}
+    call = Call(self.base_model.__dict__[PATCH], arguments, prompts=len(inputs_tensor))
     with open_call(call):
         encode = type(self)._maybe_prepare_encoder_kwargs_for_generation
         model_kwargs = encode(self, inputs_tensor, model_kwargs, model_input_name, generation_config, **kwargs)

@@ -39,7 +39,7 @@ class CacheMap:
     dropped: Tensor  # [B, 1] int64: visual tokens dropped; position ids behind them shift by as many
     gone: int  # full length minus cache length
     padded: bool  # whether any slot is not valid
-    multimodal: bool  # position ids tell places in images, see `_compact`
+    positions: str  # what becomes of position ids, see `_compact`: "compact", "original" or "multimodal"
     rope_deltas: Tensor | None = None  # [B, 1] int64, of these: from a token's place to its position behind the prompt
 
     def take(self, rows: Tensor) -> CacheMap:
@@ -177,7 +177,7 @@ def _keep_mask(prompt: Prompt) -> Tensor:
 
 
 def _prune(
-    cache_map: CacheMap | None, keep: Tensor, kwargs: dict[str, Any], multimodal: bool, stateful: bool
+    cache_map: CacheMap | None, keep: Tensor, kwargs: dict[str, Any], compaction: str, stateful: bool
 ) -> tuple[dict[str, Any], CacheMap]:
     """The language model's arguments without the tokens where `keep` [B, Q] is False, and the map for what follows."""
     embeds, mask, positions = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("position_ids")
@@ -188,7 +188,7 @@ def _prune(
     if cache_map is None:
         slots = torch.arange(seen, device=device).expand(batch, -1)
         cache_map = CacheMap(
-            slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, multimodal
+            slots, torch.ones_like(slots, dtype=torch.bool), slots.new_zeros(batch, 1), 0, False, compaction
         )
     start = seen + cache_map.gone  # full position of the first new token
     if mask is not None and (not isinstance(mask, Tensor) or tuple(mask.shape) != (batch, start + length)):
@@ -219,9 +219,9 @@ def _prune(
         dropped=cache_map.dropped + dropped_before[:, -1:],
         gone=cache_map.gone + length - remaining,
         padded=cache_map.padded or not bool(valid.all()),
-        multimodal=multimodal,
+        positions=compaction,
     )
-    positions = _compact(positions, cache_map.dropped + dropped_before, multimodal)
+    positions = _compact(positions, cache_map.dropped + dropped_before, compaction)
     pruned = {
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
         "attention_mask": new_map.cache_mask(mask, seen + remaining, 0),
@@ -243,14 +243,15 @@ def _rope_deltas(host: nn.Module, batch: int) -> Tensor | None:
     return deltas.repeat_interleave(batch // len(deltas), dim=0)
 
 
-def _compact(positions: Tensor, dropped: Tensor, multimodal: bool) -> Tensor:
+def _compact(positions: Tensor, dropped: Tensor, compaction: str) -> Tensor:
     """Position ids [B, L] with each token moved up by the `dropped` [B, L] or [B, 1] visual tokens before it.
 
-    Multimodal ids [1 or 3, B, L] stay: they tell where in the image a token lies; [B, L] stand for [1, B, L] there. Of
-    [4, B, L] the first row is text order; it must have no gaps, or stock takes them for ends of packed sequences.
+    Where a method keeps the original ones, they stay. So do multimodal ids [1 or 3, B, L]: they tell where in the image
+    a token lies; [B, L] stand for [1, B, L] there. Of [4, B, L] the first row is text order; it must have no gaps, or
+    stock takes them for ends of packed sequences.
     """
-    if not multimodal:
-        return positions - dropped
+    if compaction != "multimodal":
+        return positions - dropped if compaction == "compact" else positions
     if positions.ndim == 2:
         return positions[None]
     if len(positions) < 4:
@@ -271,7 +272,7 @@ def _translate(cache_map: CacheMap, kwargs: dict[str, Any]) -> dict[str, Any]:
     return {
         **kwargs,
         "attention_mask": mask,
-        "position_ids": _compact(positions, cache_map.dropped, cache_map.multimodal),
+        "position_ids": _compact(positions, cache_map.dropped, cache_map.positions),
     }
 
 
@@ -286,8 +287,11 @@ def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args
         host, family = call.patch.host, call.patch.family
         prompt = Prompt.of(call)
         kwargs = select_late(call, prompt, kwargs, cached_length(cache))
+        compaction = "original" if call.patch.method.original_positions else "compact"
+        if family.multimodal_positions:
+            compaction = "multimodal"
         stateful = host._is_stateful  # layers that hold a state instead of keys and values
-        kwargs, filled_map = _prune(cache_map, _keep_mask(prompt), kwargs, family.multimodal_positions, stateful)
+        kwargs, filled_map = _prune(cache_map, _keep_mask(prompt), kwargs, compaction, stateful)
         filled_map.rope_deltas = _rope_deltas(host, len(filled_map.valid))
         call.cache_map = filled_map
     else:

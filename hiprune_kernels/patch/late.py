@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..methods import Method, Needs, Stage
+from ..methods import Stage
 from ..methods.base import merges
 from .call import Call, Run
 from .edits import refuse_replaced
@@ -26,16 +26,9 @@ from .tap import Attention, listen_to_copy
 _ATTENTION = "self_attn"  # of a decoder layer, in all language models that are supported
 
 
-def check_probe(method: Method, needs: Needs, language_model: nn.Module) -> None:
-    """Raise ValueError if the decoder layer whose attention a method reads has none, but is a linear one."""
-    if needs.text_attention is None:
-        return
-    layers = [i for i, layer in enumerate(language_model.layers, 1) if hasattr(layer, _ATTENTION)]
-    if needs.text_attention[0] not in layers:
-        raise ValueError(
-            f"{type(method).__name__}: expected text_attention of a decoder layer with softmax attention, one of "
-            f"{layers}, got {needs.text_attention[0]}"
-        )
+def attention_layers(language_model: nn.Module) -> tuple[int, ...]:
+    """1-based decoder layers with softmax attention; linear attention has no scores."""
+    return tuple(i for i, layer in enumerate(language_model.layers, 1) if hasattr(layer, _ATTENTION))
 
 
 @dataclass
@@ -78,6 +71,7 @@ class _Text:
     embeds: Tensor  # [B, L, C], of text and images
     valid: Tensor  # [B, L] bool: False for padding
     mask: Tensor  # [B, L] bool: True for text
+    ids: Tensor | None  # [B, L]
 
     def of(self, place: _Place) -> Tensor:
         """The text's embeddings of an image's prompt, [M, C]."""
@@ -108,23 +102,27 @@ def select_late(call: Call, prompt: Prompt, kwargs: dict[str, Any], seen: int) -
     device = embeds.device
     visual = functools.reduce(torch.logical_or, (places for _, places in prompt.placeholders)).to(device)
     valid = _valid(kwargs.get("attention_mask"), prompt.beams, visual)
-    text = _Text(embeds, valid, valid & ~visual)
+    ids = call.arguments.get("input_ids")
+    text = _Text(embeds, valid, valid & ~visual, None if ids is None else ids[:: prompt.beams].to(device))
     probe = functools.cache(lambda layer: _probe(call, kwargs, layer, prompt.beams, seen))
     for run, places in waiting:
         places = places.to(device)
         tokens, features = run.placeholder_tokens(device), embeds[places]
         if run.stage is Stage.LANGUAGE:
-            run.features = _scatter(tokens, features, run.layout)
             images = _places_of_images(run, tokens, places)
             needs, late = run.encoder.needs, {}
+            if needs.features == "both":
+                late["encoder_features"] = run.features
+            if needs.features in ("language", "both"):
+                late["features"] = _scatter(tokens, features, run.layout)
             if needs.text:
                 late["text"] = [text.of(image) for image in images]
+                if text.ids is not None:
+                    late["text_ids"] = [text.ids[image.row][text.mask[image.row]] for image in images]
             if needs.text_attention is not None:
                 layer, reduction = needs.text_attention
                 scores = _text_scores(probe(layer), reduction, text, images, run, places, tokens)
                 late["text_scores"] = scores.to(device)
-            if needs.features == "none":
-                run.features = None
             run.select(method, device, **late)
         if merging:
             merged = run.merged(method, _scatter(tokens, features, run.layout))

@@ -110,7 +110,10 @@ def encoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _begin_run(call: Call, encoder: PatchedEncoder, arguments: dict[str, Any]) -> Run:
     """How many tokens of which images will stay; raises for what a pruned forward cannot give."""
     patch, facts, video = call.patch, encoder.facts, _of_videos(call)
-    run = Run(encoder, patch.family.layout(call, encoder.family.grids(encoder.config, arguments), video), video)
+    layout = patch.family.layout(call, encoder.family.grids(encoder.config, arguments), video)
+    if layout.pictures is not None and patch.method.whole_images:
+        layout = layout._replace(tiles=layout.pictures)
+    run = Run(encoder, layout, video)
     kept, sizes = checked_kept(patch.method, run.layout), run.layout.sizes
     if sum(kept) == sum(sizes):  # nothing is selected
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
@@ -301,10 +304,10 @@ def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
     states = output[0] if family.returns_tuple else output
     if needs.region_features == layer and run.regions is None:
         run.regions = _regions(run, states)
+    if needs.features in ("encoder", "both"):
+        run.features = run.layout.features_of_tokens(states, prefix)
     if run.stage is not Stage.ENCODER:
         return output
-    if needs.features == "encoder":
-        run.features = run.layout.features_of_tokens(states, prefix)
     run.select(method, states.device)
     if run.layout.pool is not None:
         return output

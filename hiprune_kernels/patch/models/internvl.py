@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ...facts import MODELS
@@ -47,8 +48,29 @@ def _layout(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
     side = _side(call)
     length = math.isqrt(math.prod(grids[0])) // side
     squares = torch.arange((length * side) ** 2).view(length, side, length, side)
-    unit_rows = squares.transpose(1, 2).reshape(-1, side**2)
-    return TokenLayout(((length, length),) * len(grids), (1,) * len(grids), unit_rows=unit_rows)
+    return TokenLayout(
+        ((length, length),) * len(grids),
+        (1,) * len(grids),
+        unit_rows=squares.transpose(1, 2).reshape(-1, side**2),
+        pictures=_pictures(call, length**2, len(grids)),
+        thumbnail=-1,
+    )
+
+
+def _pictures(call: Call, tokens: int, tiles: int) -> tuple[int, ...] | None:
+    """How many tiles each picture has: in the prompt its placeholders stand together, and text is between pictures.
+
+    None where the prompt does not tell.
+    """
+    ids = call.arguments.get("input_ids")
+    if ids is None:
+        return None
+    places = F.pad((ids == call.patch.host.config.image_token_id).cpu(), (1, 1))
+    before, here = places[:, :-1], places[:, 1:]
+    lengths = (before & ~here).nonzero()[:, 1] - (here & ~before).nonzero()[:, 1]
+    if int(lengths.sum()) != tiles * tokens or bool((lengths % tokens).any()):
+        return None
+    return tuple((lengths // tokens).tolist())
 
 
 FAMILIES = {

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape, image_size_to_num_patches
 
 from ...facts import MODELS
 from ...methods import TokenLayout
@@ -26,6 +26,12 @@ def tiles_of(call: Call, size: list[int]) -> int:
     """How many tiles stock code cuts an image into, the view of the whole included."""
     config = call.patch.host.config
     return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+
+def tile_grid(call: Call, size: list[int]) -> tuple[int, int]:
+    """(rows, columns) in which an image's tiles lie, without the view of the whole."""
+    config = call.patch.host.config
+    return get_anyres_image_grid_shape(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def check_tiles(tiles: list[int], grids: list[Grid]) -> None:
@@ -51,7 +57,13 @@ def _layout(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
     check_tiles(tiles, grids)
     tokens = torch.arange(sum(map(math.prod, grids))).view(len(grids), -1, 1).split(tiles)
     packed, _ = call.patch.host.pack_image_features(tokens, sizes, "default", image_newline=NEWLINE)
-    return TokenLayout(tuple(grids), tuple(tiles), placeholders=torch.cat(packed).flatten())
+    return TokenLayout(
+        tuple(grids),
+        tuple(tiles),
+        placeholders=torch.cat(packed).flatten(),
+        thumbnail=0,
+        tile_grids=tuple(tile_grid(call, size) for size in sizes),
+    )
 
 
 FAMILIES = {

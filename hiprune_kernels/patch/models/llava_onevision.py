@@ -68,6 +68,9 @@ def _layout_of_images(call: Call, grids: list[Grid]) -> TokenLayout:
         tuple(counts),
         placeholders=placeholders,
         pool=None if counts == tiles else pool,
+        thumbnail=0,
+        tile_grids=tuple(llava_next.tile_grid(call, size) for size in sizes),
+        encoder_tiles=tuple(tiles),
     )
 
 

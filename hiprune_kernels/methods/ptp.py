@@ -1,0 +1,183 @@
+"""PTP: budgets for an image's regions, saliency of tokens, and what the instruction asks for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..budget import check_int, check_share, shares
+from ..facts import EncoderFacts
+from .base import (
+    Method,
+    Needs,
+    Picks,
+    Seen,
+    TokenLayout,
+    areas_of_tiles,
+    best_of_tiles,
+    cls_queries,
+    image_budgets,
+    no_cls_note,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PTP(Method):
+    """Pyramid Token Pruning (Liang et al., arXiv 2509.15704), for images that are cut into a thumbnail and sub-images.
+
+    1. *Token:* the saliency b of a token is the CLS token's attention to it in the saliency layer, mean over heads.
+    2. *Region:* the weight of a sub-image is ``softmax(s_r / temperature)``, s_r the cosine of its CLS row with the
+       thumbnail's. The thumbnail keeps its even share of the budget N'; the sub-images get the rest by `budget.shares`.
+    3. *Instruction:* the importance c of a token is the attention of the text behind the image to it in a decoder
+       layer, mean over heads, then the largest over the text's rows.
+    4. ``f = (1 - alpha) minmax(b) + alpha minmax(c)`` over the image's tokens; each region keeps its best by f.
+
+    Exactly N' tokens stay. Images of one region skip step 2. With ``alpha=0`` everything happens inside the encoder,
+    which computes the kept tokens only; otherwise all tokens go through the language model's first layers once. Budgets
+    of regions follow from data: the host waits for them.
+
+    No code of the authors is public. Not settled by the paper's public texts, and so our readings or options: the
+    numbering of layers (from 1), the region formula (that of the same group's HERO, arXiv 2509.13067), its temperature,
+    the scaling of c, and the decoder layer. Encoders without a CLS token take the mean over all queries, and of a
+    region's rows.
+
+    Attributes:
+        budget, retention: exactly one of them: visual tokens kept per image, or the share of them.
+        alpha: weight of the instruction, 0 to 1.
+        saliency_layer: 1-based encoder layer; None takes layer 11 of 24, scaled to other depths.
+        region: "features" (step 2), or "attention": a sub-image's weight is the thumbnail's CLS attention to its area.
+        region_layer: 1-based encoder layer of the CLS rows; None takes the feature layer.
+        temperature: of step 2, above 0.
+        instruction_layer: 1-based decoder layer; None takes layer 2, or the next one that has softmax attention.
+        scale_instruction: whether c is brought to 0..1 as b is; without, attention of some thousandths hardly counts.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+
+    Example:
+        >>> PTP(budget=640).kept(TokenLayout(grids=((24, 24),) * 5, tiles=(5,), thumbnail=0))
+        [640]
+    """
+
+    alpha: float = 0.5
+    saliency_layer: int | None = None
+    region: str = "features"
+    region_layer: int | None = None
+    temperature: float = 1.0
+    instruction_layer: int | None = None
+    scale_instruction: bool = True
+
+    whole_images: ClassVar[bool] = True
+    guaranteed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_share("alpha", self.alpha)
+        if self.region not in ("features", "attention"):
+            raise ValueError(f'region: expected "features" or "attention", got {self.region!r}')
+        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature: expected a number above 0, got {self.temperature!r}")
+        for name in ("saliency_layer", "region_layer", "instruction_layer"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name))
+        super().__post_init__()
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        queries, region_layer = cls_queries(encoder), None
+        scores = {self._saliency_layer(encoder): queries}
+        if encoder.tiled and self.region == "attention":
+            scores[encoder.feature_layer] = queries
+        elif encoder.tiled:
+            region_layer = self.region_layer or encoder.feature_layer
+        layer = self.instruction_layer or encoder.attention_layer(2)
+        text = (layer, "max") if self.alpha > 0 else None
+        return Needs(scores=scores, region_features=region_layer, text_attention=text)
+
+    def kept(self, layout: TokenLayout) -> list[int]:
+        return image_budgets(self, layout)
+
+    def select(self, seen: Seen) -> Picks:
+        layout, encoder = seen.layout, seen.encoder
+        saliency = seen.scores[self._saliency_layer(encoder)]
+        fused, notes = torch.zeros_like(saliency), []
+        for tiles, tokens in layout.images():
+            here = torch.arange(tokens.start, tokens.stop)
+            if layout.candidates is not None:
+                here = here[layout.candidates[tokens]]
+            here = here.to(seen.device)
+            fused[here] = (1 - self.alpha) * _minmax(saliency[here])
+            note = [no_cls_note(encoder)] + ["one region"] * (tiles.stop - tiles.start == 1)
+            if seen.text_scores is not None:
+                importance = seen.text_scores[here]
+                fused[here] += self.alpha * (_minmax(importance) if self.scale_instruction else importance)
+                note += ["no text behind the image: saliency alone"] * (not bool(importance.any()))
+            notes.append("; ".join(filter(None, note)))
+        return best_of_tiles(fused, layout, self._region_budgets(seen))._replace(notes=notes)
+
+    def _saliency_layer(self, encoder: EncoderFacts) -> int:
+        return self.saliency_layer or min(max(1, round(11 / 24 * encoder.depth)), encoder.feature_layer)
+
+    def _region_budgets(self, seen: Seen) -> list[int]:
+        """How many tokens of each tile stay: of the thumbnail from sizes, of the others by their weights."""
+        layout = seen.layout
+        sizes, caps, budgets = layout.sizes, list(layout.candidate_counts or layout.sizes), []
+        weights = self._weights(seen)
+        for (tiles, _), total, weight in zip(layout.images(), self.kept(layout), weights):
+            size, cap = sizes[tiles], caps[tiles]
+            if len(size) == 1 or layout.thumbnail is None:
+                budgets += shares(size, total, cap)
+                continue
+            whole = layout.thumbnail % len(size)
+            others = [i for i in range(len(size)) if i != whole]
+            room = sum(cap[i] for i in others)
+            own = [0] * len(size)
+            own[whole] = max(min(total * size[whole] // sum(size), cap[whole]), total - room)
+            for i, share in zip(others, shares(weight, total - own[whole], [cap[i] for i in others])):
+                own[i] = share
+            budgets += own
+        return budgets
+
+    def _weights(self, seen: Seen) -> list[list[float]]:
+        """Of each image's sub-images; where these are mixed into one region, it has them all."""
+        layout, found, row = seen.layout, [], 0
+        counts = layout.encoder_tiles or layout.tiles
+        for image, (tiles, tokens) in enumerate(layout.images()):
+            others, rows = tiles.stop - tiles.start - 1, slice(row, row + counts[image])
+            row += counts[image]
+            if others <= 1 or layout.thumbnail is None:
+                found.append([1.0] * others)
+            elif self.region == "features":
+                states = seen.regions[rows].double()
+                whole = layout.thumbnail % len(states)
+                likeness = F.cosine_similarity(states, states[whole][None], dim=1) / self.temperature
+                found.append(_without(likeness, whole).softmax(dim=0).tolist())
+            else:
+                found.append(self._attention_weights(seen, image, tiles, tokens))
+        return found
+
+    def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
+        layout = seen.layout
+        if layout.tile_grids is None:
+            raise ValueError(
+                'region: expected "features", as this model does not tell where its tiles lie, got "attention"'
+            )
+        sizes = layout.sizes[tiles]
+        whole = layout.thumbnail % len(sizes)
+        first = tokens.start + sum(sizes[:whole])
+        grid = layout.grids[tiles][whole]
+        scores = seen.scores[seen.encoder.feature_layer][first : first + sizes[whole]].double().view(grid)
+        return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
+
+
+def _minmax(values: Tensor) -> Tensor:
+    """Brought to 0..1; 0 where all are equal."""
+    low, high = values.min(), values.max()
+    return torch.where(high > low, (values - low) / (high - low), 0.0)
+
+
+def _without(values: Tensor, place: int) -> Tensor:
+    return torch.cat([values[:place], values[place + 1 :]])
