@@ -57,14 +57,14 @@ def supported_models() -> dict[str, list[dict[str, Any]]]:
                 "notes": family.notes,
             }
         )
-    for model_type, family in ENCODERS.items():
+    for model_type, encoder in ENCODERS.items():
         encoders.append(
             {
-                "name": family.name,
+                "name": encoder.name,
                 "model_type": model_type,
-                "prefix_tokens": family.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
-                "object_share": family.object_share,
-                "notes": family.notes,
+                "prefix_tokens": encoder.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
+                "object_share": encoder.object_share,
+                "notes": encoder.notes,
             }
         )
     return {"models": models, "encoders": encoders}

@@ -327,9 +327,9 @@ def _flash_attn(query: Tensor, key: Tensor, value: Tensor, scale: float, causal:
 
 def lends(path: str, problem: Problem) -> bool:
     """Whether this attention of PyTorch's covers the call (the table says whether it is wanted)."""
-    if problem.value is None or problem.packed or problem.key_mask is not None:
+    query, key, value = problem.query, problem.key, problem.value
+    if value is None or problem.packed or problem.key_mask is not None:
         return False
-    query, key, value = problem[:3]
     if not problem.scale > 1e-30:  # it takes the largest logit before it scales, and 1 / scale must be finite here
         return False
     if query.dtype == torch.float32 or problem.heads != problem.heads_k or problem.D % 8:

@@ -253,9 +253,11 @@ _MOST_WARPS = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Launch(NamedTuple):
-    count: int  # images
-    images: tuple[float, ...]  # see select_kernel; Triton compiles anew for integers of a tuple that 16 divides
+class _Chunk(NamedTuple):
+    """The images of one launch."""
+
+    number: int
+    sizes: tuple[float, ...]  # see select_kernel; Triton compiles anew for integers of a tuple that 16 divides
     token_start: int
     row_start: int
     tokens: int  # of the largest image
@@ -263,22 +265,22 @@ class _Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(images: tuple[Image, ...], batch: int | None) -> list[_Launch]:
+def _chunks(images: tuple[Image, ...], batch: int | None) -> list[_Chunk]:
     """The launches for a batch of `batch` images that share one entry, or, None, for packed images: usually one."""
     entries = [(i.frames * i.height * i.width, i.height * i.width, i.width, i.budget, i.anchors) for i in images]
     if len(set(entries)) == 1:
         tokens, _, _, budget, _ = entries[0]
-        return [_Launch(len(entries) if batch is None else batch, tuple(map(float, entries[0])), 0, 0, tokens, budget)]
-    launches, token_start, row_start = [], 0, 0
+        return [_Chunk(len(entries) if batch is None else batch, tuple(map(float, entries[0])), 0, 0, tokens, budget)]
+    chunks, token_start, row_start = [], 0, 0
     for first in range(0, len(entries), IMAGES):
         part = entries[first : first + IMAGES]
         padded = part + part[-1:] * (IMAGES - len(part))  # one compiled kernel for every number of images
-        sizes = max(entry[0] for entry in part), max(entry[3] for entry in part)
-        images = tuple(float(size) for entry in padded for size in entry)
-        launches.append(_Launch(len(part), images, token_start, row_start, *sizes))
+        largest = max(entry[0] for entry in part), max(entry[3] for entry in part)
+        sizes = tuple(float(size) for entry in padded for size in entry)
+        chunks.append(_Chunk(len(part), sizes, token_start, row_start, *largest))
         token_start += sum(entry[0] for entry in part)
         row_start += sum(entry[3] for entry in part)
-    return launches
+    return chunks
 
 
 def warps_for(tokens: int) -> int:
@@ -323,13 +325,13 @@ def _select(
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     element_size = 8 if source is None else source.element_size()
 
-    for part in _launches(plan.images, *(batch or (None,))):
-        if part.count == 0:
+    for chunk in _chunks(plan.images, *(batch or (None,))):
+        if chunk.number == 0:
             continue
         parts = 1
         if source is not None:
-            parts = min(cdiv(part.budget, _ROWS), max(1, _MOST_WARPS // (warps_for(part.tokens) * part.count)))
-        rows = cdiv(cdiv(part.budget, parts), _ROWS) * _ROWS
+            parts = min(cdiv(chunk.budget, _ROWS), max(1, _MOST_WARPS // (warps_for(chunk.tokens) * chunk.number)))
+        rows = cdiv(cdiv(chunk.budget, parts), _ROWS) * _ROWS
         arguments = {
             "object_ptr": object_scores,
             "deep_ptr": deep_scores,
@@ -338,9 +340,9 @@ def _select(
             "kept_ptr": target,
             "indices_ptr": indices,
             "roles_ptr": roles,
-            "images": part.images,
-            "token_start": part.token_start,
-            "row_start": part.row_start,
+            "images": chunk.sizes,
+            "token_start": chunk.token_start,
+            "row_start": chunk.row_start,
             "rows_per_program": rows,
             "num_prefix_tokens": plan.num_prefix_tokens,
             "channels": 0 if source is None else source.shape[-1],
@@ -351,8 +353,9 @@ def _select(
             **_strides("stride_m", "it", mask),
             **_strides("stride_f", "itc", source),
         }
-        constants = constants_of(packed, part.tokens, element_size, plan)
-        launch(select_kernel, (part.count, cdiv(part.budget, rows)), arguments, constants, warps_for(part.tokens), 3)
+        constants = constants_of(packed, chunk.tokens, element_size, plan)
+        grid = (chunk.number, cdiv(chunk.budget, rows))
+        launch(select_kernel, grid, arguments, constants, warps_for(chunk.tokens), 3)
     return kept, indices, roles
 
 
@@ -400,4 +403,6 @@ def prune_tokens(
     Example:
         >>> kept, indices, roles = prune_tokens(features, sums, deep[:, None], None, plan)
     """
-    return _select(features, object_scores, deep_scores, candidate_mask, plan)
+    kept, indices, roles = _select(features, object_scores, deep_scores, candidate_mask, plan)
+    assert kept is not None  # with features there are rows
+    return kept, indices, roles
