@@ -195,10 +195,6 @@ def split_head_dim(D: int) -> tuple[int, int]:
     return (first, second) if second < first else (2 * first, 0)
 
 
-def _with_blocks(constants: dict[str, Any], blocks: Blocks) -> dict[str, Any]:
-    return {**constants, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
-
-
 # -------------------------------------------------------------------------------------------------------------- paths
 
 
@@ -207,7 +203,7 @@ def _strip(problem: Problem, plan: LaunchPlan, launch: Launch) -> tuple[Tensor |
     slots = cdiv(problem.M, blocks.block_m)
     partial, (rows, values, shared) = problem.empty_sums(slots), _operands(problem, output)
     arguments = {**rows, **values, "partial_ptr": partial}
-    constants = _with_blocks(shared, blocks)
+    constants = {**shared, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
     constants["D1"] = max(16, next_power_of_2(problem.D))
     del constants["D2"]
     launch(strip_kernel, problem.B * problem.heads * slots, arguments, constants, blocks)
@@ -256,8 +252,8 @@ def _attend(
         "weight_ptr": weight,
         "partial_ptr": partial,
     }
-    programs = problem.B * problem.heads * row_blocks
-    launch(attention_kernel, programs, arguments, _with_blocks(constants, blocks), blocks)
+    constants = {**constants, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
+    launch(attention_kernel, problem.B * problem.heads * row_blocks, arguments, constants, blocks)
 
 
 def _scores_pass(
@@ -294,8 +290,9 @@ def _scores_pass(
         "splits": splits,
         "split_rows": split_rows,
     }
+    constants = {**constants, "BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n}
     programs = problem.B * problem.heads * splits * _row_blocks(problem, problem.N, blocks.block_n)
-    launch(scores_kernel, programs, arguments, _with_blocks(constants, blocks), blocks)
+    launch(scores_kernel, programs, arguments, constants, blocks)
     return partial
 
 

@@ -123,7 +123,7 @@ def choose(problem: Problem, architecture: int, path: str | None = None) -> Laun
     shape = (problem.M, problem.N, problem.heads, problem.D, problem.query.dtype, problem.packed)
     if path is not None:
         return next(_planned(row, Shape(*shape)) for row in TABLE if row.path == path)
-    *lent, own = _candidates(architecture, *shape)
+    lent, own = _candidates(architecture, *shape)
     for plan in lent:
         if lends(plan.path, problem):
             return plan
@@ -131,15 +131,13 @@ def choose(problem: Problem, architecture: int, path: str | None = None) -> Laun
 
 
 @functools.lru_cache(maxsize=4096)
-def _candidates(architecture: int, *shape: Any) -> tuple[LaunchPlan, ...]:
-    """The plans of the rows that match, in order, up to the first that no lender has to agree to."""
-    call, found = Shape(*shape), []
-    for row in TABLE:
-        if (row.on is None or architecture in row.on) and row.calls(call):
-            found.append(_planned(row, call))
-            if row.path not in LENDERS:
-                break
-    return tuple(found)
+def _candidates(architecture: int, *shape: Any) -> tuple[tuple[LaunchPlan, ...], LaunchPlan]:
+    """The plans that a lender has to agree to, in order, and the first that none has to: of the rows that match."""
+    call = Shape(*shape)
+    rows = (row for row in TABLE if (row.on is None or architecture in row.on) and row.calls(call))
+    plans = tuple(_planned(row, call) for row in rows)
+    first = next(i for i, plan in enumerate(plans) if plan.path not in LENDERS)
+    return plans[:first], plans[first]
 
 
 def _planned(row: Row, shape: Shape) -> LaunchPlan:
