@@ -7,7 +7,7 @@ of Hugging Face models. Importing this loads neither transformers nor PIL, and t
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import budget as budget
 from . import methods as methods
@@ -108,7 +108,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Patching imports transformers, which takes seconds: only those who use it wait for it.
     if name in _FROM_PATCH:
         return getattr(importlib.import_module(".patch", __name__), name)

@@ -39,10 +39,11 @@ class EncoderFacts(NamedTuple):
     tiled: bool = False  # the model cuts an image into a thumbnail and tiles, and encodes each by itself
     decoder_layers: int = 0  # layers of the language model; 0: there is none
     attention_layers: tuple[int, ...] = ()  # those of them, 1-based, with softmax attention
+    class_name: str = ""  # of the encoder, for messages
 
     @property
     def name(self) -> str:
-        return self.kind.name
+        return self.class_name or self.kind.name
 
     @property
     def has_cls(self) -> bool:

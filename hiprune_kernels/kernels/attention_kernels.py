@@ -1,4 +1,4 @@
-"""The Triton kernels of attention with column scores; `attention.py` beside this file explains and launches them."""
+"""The Triton kernels of attention with column scores; `paths.py` beside this file explains and launches them."""
 
 import triton
 import triton.language as tl

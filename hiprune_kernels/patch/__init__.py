@@ -258,6 +258,7 @@ def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> Patche
         family.kind,
         depth=len(layers),
         num_prefix_tokens=family.kind.num_prefix_tokens(config),
+        class_name=type(module).__name__,
         **around,
     )
     needs = checked_needs(method, facts)

@@ -55,7 +55,7 @@ def rows_before_grid(call: Call) -> int:
 def check_strategy(call: Call) -> None:
     """Raise ValueError if stock code takes a token of the grid for a CLS token."""
     if rows_before_grid(call) < 0:
-        name = call.patch.encoders[0].facts.name
+        name = call.patch.encoders[0].facts.kind.name
         raise ValueError(f'vision_feature_select_strategy: expected "full", as {name} has no CLS token, got "default"')
 
 
