@@ -13,10 +13,14 @@ from . import budget as budget
 from . import methods as methods
 from .methods import (
     PTP,
+    TRIM,
+    CDPruner,
+    ClipText,
     DivPrune,
     FasterVLM,
     FastV,
     HiPrune,
+    HiPrunePlusPlus,
     HiRED,
     Method,
     Needs,
@@ -26,6 +30,8 @@ from .methods import (
     Selection,
     TokenLayout,
     UniformGrid,
+    VisionZip,
+    VisPruner,
 )
 from .ops import (
     attention_scores,
@@ -71,10 +77,14 @@ _FROM_PATCH = (
 
 __all__ = [
     "PTP",
+    "TRIM",
+    "CDPruner",
+    "ClipText",
     "DivPrune",
     "FastV",
     "FasterVLM",
     "HiPrune",
+    "HiPrunePlusPlus",
     "HiRED",
     "Method",
     "Needs",
@@ -84,6 +94,8 @@ __all__ = [
     "Selection",
     "TokenLayout",
     "UniformGrid",
+    "VisPruner",
+    "VisionZip",
     "applied",
     "apply_hiprune",
     "apply_method",

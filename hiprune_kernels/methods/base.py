@@ -428,6 +428,33 @@ def best_of_images(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) 
     return picks._replace(counts=counts)
 
 
+def picks_of_tiles(
+    chosen: Sequence[Tensor], budgets: Sequence[int], layout: TokenLayout, device: torch.device
+) -> Picks:
+    """Picks of each tile's tokens, ascending, all of one role; a tile that has fewer than its budget is filled up."""
+    parts = []
+    for own, budget in zip(chosen, budgets):
+        parts += [own, own.new_full((budget - len(own),), -1)]
+    roles = torch.zeros(sum(layout.sizes), dtype=torch.uint8, device=device)
+    roles[torch.cat(list(chosen))] = 1
+    return Picks(torch.cat(parts), roles, budgets, fills=any(map(len, parts[1::2])))
+
+
+def tokens_of_tiles(seen: Seen) -> list[Tensor]:
+    """The candidates of each tile, counted in T, ascending."""
+    sizes, candidates = seen.layout.sizes, seen.layout.candidates
+    tokens = torch.arange(sum(sizes)).split(sizes)
+    if candidates is not None:
+        tokens = [own[candidates[own]] for own in tokens]
+    return [own.to(seen.device) for own in tokens]
+
+
+def candidates_of_images(seen: Seen) -> list[Tensor]:
+    """The candidates of each image, whatever its tiles, counted in T, ascending."""
+    tiles = tokens_of_tiles(seen)
+    return [torch.cat(tiles[own]) for own, _ in seen.layout.images()]
+
+
 def picks_of(indices: Tensor, layout: TokenLayout) -> Picks:
     """The picks of some tokens, [K], in any order, all of one role. On a GPU this waits for the device.
 

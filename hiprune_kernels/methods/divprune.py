@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, image_budgets, picks_of
+from .base import Method, Needs, Picks, Seen, TokenLayout, candidates_of_images, image_budgets, picks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class DivPrune(Method):
 
     def select(self, seen: Seen) -> Picks:
         layout, chosen = seen.layout, []
-        for (_, tokens), count in zip(layout.images(), self.kept(layout)):
-            candidates = torch.arange(tokens.start, tokens.stop, device=seen.device)
-            if layout.candidates is not None:
-                candidates = candidates[layout.candidates[tokens].to(seen.device)]
+        for candidates, count in zip(candidates_of_images(seen), self.kept(layout)):
             chosen.append(candidates[farthest_points(seen.features[candidates], count)])
         return picks_of(torch.cat(chosen), layout)
 

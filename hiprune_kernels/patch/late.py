@@ -125,11 +125,32 @@ def select_late(call: Call, prompt: Prompt, kwargs: dict[str, Any], seen: int) -
                 late["text_scores"] = scores.to(device)
             run.select(method, device, **late)
         if merging:
-            merged = run.merged(method, _scatter(tokens, features, run.layout))
-            real = tokens >= 0
-            features[real] = merged[tokens[real]]
+            features = _merged(call, run, tokens, features)
             kwargs = {**kwargs, "inputs_embeds": _replace(kwargs["inputs_embeds"], places, features, prompt.beams)}
     return kwargs
+
+
+def _merged(call: Call, run: Run, tokens: Tensor, features: Tensor) -> Tensor:
+    """What stands at the placeholders, [P, C], with what the method makes of the tokens that it keeps."""
+    method, patch = call.patch.method, call.patch
+    if run.encoder.needs.features != "encoder" or run.layout.pool is not None:
+        merged = run.merged(method, _scatter(tokens, features, run.layout))
+        return torch.where((tokens >= 0)[:, None], merged[tokens], features)
+    if run.encoder.family.full_shape:
+        raise ValueError(
+            f"{type(method).__name__}: expected features of the language model, as a {type(patch.host).__name__} mixes "
+            "rows between encoder and connector, and they cannot be merged there once text is known, got the encoder's"
+        )
+    kept = run.picks.roles.nonzero()[:, 0]
+    rows = run.merged(method, run.features)[kept.to(run.features.device)]
+    if run.encoder.family.packed:
+        rows = rows.view(-1, rows.shape[1] // run.layout.unit_rows.shape[1])
+        projected = contextvars.Context().run(patch.connector, rows)
+    else:  # in a context of its own the connector is the stock one
+        projected = contextvars.Context().run(patch.connector, rows[None])[0]
+    merged = features.new_zeros(sum(run.layout.sizes), features.shape[1])
+    merged = merged.index_copy(0, kept.to(features.device), projected.to(features))
+    return torch.where((tokens >= 0)[:, None], merged[tokens], features)
 
 
 def _valid(mask: Any, beams: int, visual: Tensor) -> Tensor:
