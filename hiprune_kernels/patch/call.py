@@ -127,6 +127,7 @@ class Run:
 
     encoder: PatchedEncoder
     layout: TokenLayout
+    announced: list[int]  # how many tokens of each image stay, by `Method.kept`
     video: bool = False  # of videos, not of images
     whole: bool = False  # every token stays: the forward is stock
     scores: dict[int, Tensor] = field(default_factory=dict)  # the fields of Seen, as they come
@@ -163,7 +164,7 @@ class Run:
             encoder=encoder.facts,
             device=device,
         )
-        self.picks = checked_picks(method, method.select(self.seen), self.layout, device)
+        self.picks = checked_picks(method, method.select(self.seen), self.layout, self.announced, device)
 
     def merged(self, method: Method, features: Tensor) -> Tensor:
         """What the method makes of the features of all tokens, [T, C]."""
