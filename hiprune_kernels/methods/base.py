@@ -558,8 +558,8 @@ def checked_picks(
     found = [sum(counts[tiles]) for tiles, _ in layout.images()]
     if found != list(kept) or len(indices) != sum(kept):
         raise ValueError(
-            f"{name}: expected {list(kept)} tokens of each image, as `kept` says, got counts of {found} and {len(indices)} "
-            "indices"
+            f"{name}: expected {list(kept)} tokens of each image, as `kept` says, got counts of {found} and "
+            f"{len(indices)} indices"
         )
     return picks if _is_guaranteed(type(method)) else _checked_values(name, picks, len(method.roles), sizes)
 
