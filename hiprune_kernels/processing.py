@@ -156,10 +156,13 @@ def prompt_inputs(model: PreTrainedModel, processor: Any, image: Image, question
             options["add_special_tokens"] = False
     else:
         text = f"USER: {_image_mark(model, processor)}\n{question} ASSISTANT:"
-    with quiet_transformers():
-        inputs = processor(images=[image], text=[text], return_tensors="pt", **options)
-    if not bool((inputs["input_ids"] == model.config.image_token_id).any()):
-        raise ValueError("model: the processor's chat template leaves no place for an image")
+    try:
+        with quiet_transformers():
+            inputs = processor(images=[image], text=[text], return_tensors="pt", **options)
+        if not bool((inputs["input_ids"] == model.config.image_token_id).any()):
+            raise ValueError("the image has no place in it")
+    except ValueError as error:
+        raise ValueError(f"model: the processor makes no prompt with one image of it: {error}") from error
     return _fitting(model, inputs)
 
 

@@ -6,8 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-import transformers
-from checkpoints import PARTS, NoVideos, assemble, photograph, save
+from checkpoints import PARTS, assemble, photograph, save
 from cli_helpers import error_of, prune_json
 from PIL import Image
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
@@ -38,15 +37,10 @@ def saved(folder):
     """Checkpoints, made when they are first asked for."""
 
     def path(model_type, **options):
-        place = folder / "-".join([model_type, *map(str, options.values())])
+        place = folder / "-".join([model_type, *options])
         return str(place if place.exists() else save(model_type, place, **options))
 
     return path
-
-
-@pytest.fixture(autouse=True)
-def no_videos(monkeypatch):
-    monkeypatch.setattr(transformers, "VideoProcessorMixin", NoVideos, raising=False)  # 5.23 looks for it
 
 
 def kept_by(model, method, inputs):
