@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from .budget import CLUSTER_SIZES, ROLE_NAMES
@@ -94,12 +96,16 @@ def _shown(default: Any) -> str:
 # ------------------------------------------------------------------------------------------------- watching a method
 
 
-def watched(method: Method, then: Callable[[Seen, Picks], None] | None = None, whole: Any = None) -> Method:
+def watched(
+    method: Method,
+    then: Callable[[Seen, Picks], None] | None = None,
+    whole: Callable[[TokenLayout], None] | None = None,
+) -> Method:
     """The same method, which also refuses a budget above what an image has, and tells what it saw and picked.
 
     Args:
         method: of any class.
-        then: called with what it saw and what it picked.
+        then: called with what it saw, which must be finite, and what it picked.
         whole: called with the layout where every token stays, and the method is not asked.
     """
     cls = type(method)
@@ -114,10 +120,11 @@ def watched(method: Method, then: Callable[[Seen, Picks], None] | None = None, w
             return kept
 
         def select(self, seen: Seen) -> Picks:
+            if then is None:  # nothing that takes time: somebody may be measuring
+                return super().select(seen)
             _check_finite(seen)
             picks = super().select(seen)
-            if then is not None:
-                then(seen, picks)
+            then(seen, picks)
             return picks
 
     Watched.__name__ = Watched.__qualname__ = cls.__name__  # errors name the method by its class
@@ -141,7 +148,20 @@ def _check_finite(seen: Seen) -> None:
             raise ValueError(f"{name}: expected finite values, got {wrong} that are not; are the weights broken?")
 
 
-# ------------------------------------------------------------------------------------------------- images and devices
+# ------------------------------------------------------------------------------------- images, devices and progress
+
+
+@contextlib.contextmanager
+def progress(text: str) -> Iterator[None]:
+    """A line on a terminal's stderr, which goes away at the end."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def open_image(path: str) -> Image:

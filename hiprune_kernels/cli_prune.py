@@ -15,7 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .cli_common import DTYPES, add_method_options, checked_device, has_random_weights, method_of, open_image, watched
+from .cli_common import (
+    DTYPES,
+    add_method_options,
+    checked_device,
+    has_random_weights,
+    method_of,
+    open_image,
+    progress,
+    watched,
+)
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
 from .visualize import draw_views, optional_import, plural
 
@@ -79,7 +88,8 @@ def prune_image(args: argparse.Namespace) -> None:
         loaded = loading.load_encoder(dtype=dtype, device=device, seed=args.seed or 0).up_to_features()
     else:
         loaded = loading.load_model(args.model, method, dtype=dtype, device=device)
-    look = look_at(loaded, method, image)
+    with progress("encoding the image"):
+        look = look_at(loaded, method, image)
 
     report = sys.stderr if args.json == "-" else sys.stdout
     _print_summary(loaded, look, args, report)

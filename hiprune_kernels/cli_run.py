@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .cli_common import DTYPES, add_method_options, checked_device, method_of, open_image, watched
+from .cli_common import DTYPES, add_method_options, checked_device, method_of, open_image, progress, watched
 from .methods import Method
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def run_model(args: argparse.Namespace) -> None:
             pruned = answer()
         _print_table([("", None), (type(method).__name__, pruned)], answer)
         return
-    with _progress("warming up"):
+    with progress("warming up"):
         answer.warm_up()
         with applied(model, watched(method)):
             answer.warm_up()
@@ -82,19 +81,6 @@ def run_model(args: argparse.Namespace) -> None:
 def _named(method: Method) -> str:
     amount = f"budget {method.budget}" if method.budget is not None else f"retention {method.retention:.3g}"
     return f"{type(method).__name__}, {amount}"
-
-
-@contextlib.contextmanager
-def _progress(text: str) -> Any:
-    """A line on a terminal's stderr, which goes away at the end."""
-    shown = sys.stderr.isatty()
-    if shown:
-        print(f"{text} ...", end="", file=sys.stderr, flush=True)
-    try:
-        yield
-    finally:
-        if shown:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------- answering
