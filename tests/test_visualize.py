@@ -245,6 +245,13 @@ def test_titles_and_legends_are_never_cut(size):
         assert (pixels[:, right : right + 4] == visualize._BACKGROUND).all()
 
 
+def test_a_legend_s_letters_become_smaller_where_they_must():
+    swatch = Image.new("RGB", (8, 8), CYAN)
+    picture = visualize._with_legend(gray(176, 40), [(swatch, "1024 tokens that were merged")])
+    strip = np.array(picture)[40:]
+    assert picture.width == 176 and (strip[:, -1] == visualize._BACKGROUND).all() and strip.max() > 200
+
+
 IMAGE, GRID, ROLES, SCORES = gray(64, 64), (2, 2), [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4]
 
 
