@@ -40,7 +40,7 @@ def add_method_options(parser: argparse.ArgumentParser, *, seed_help: str, amoun
     group = parser.add_argument_group("method")
     group.add_argument("--method", choices=tuple(METHODS), default=_name_of(HiPrune), help="default: %(default)s")
     amount = group.add_mutually_exclusive_group(required=amount_needed)
-    amount.add_argument("--budget", type=int, metavar="N", help="tokens to keep")
+    amount.add_argument("--budget", type=int, metavar="N", help="tokens to keep (of each tile: InternVL)")
     share = "share of the tokens to keep" + ("" if amount_needed else " (default: 1/3)")
     amount.add_argument("--retention", type=float, metavar="R", help=share)
     owners: dict[str, list[type[Method]]] = {}

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from .loading import LoadedModel
     from .methods import Needs
 
-_READS = {"all": "all attention", "mean": "mean attention", "cls": "the CLS token's attention"}
+_READS = {"all": "the sum of attention", "mean": "mean attention", "cls": "the CLS token's attention"}
 
 
 def add_arguments(prune: argparse.ArgumentParser) -> None:
@@ -137,10 +137,10 @@ class _Picked(Exception):
 
 
 def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
-    """Let a method pick from an image, through the patched model.
+    """Let a method pick from an image, through the patched model, whose forward ends with that.
 
     Raises:
-        ValueError: if the method cannot be applied, or its budget is out of range.
+        ValueError: if the method cannot be applied, its budget is out of range, or what it reads is not finite.
     """
     import torch
 
@@ -154,7 +154,7 @@ def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
     def whole(layout: TokenLayout) -> None:
         raise _Picked(layout)
 
-    model = loaded.model
+    model, found = loaded.model, None
     apply_method(model, watched(method, picked, whole))
     try:
         encoder = encoder_of(model)
@@ -165,6 +165,8 @@ def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
         found = end
     finally:
         remove_method(model)
+    if found is None:
+        raise RuntimeError(f"model: the forward of {type(model).__name__} ended before the method was asked")
     layout = found.layout
     if found.picks is None:
         indices = torch.arange(sum(layout.sizes))

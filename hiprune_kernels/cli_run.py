@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import DTYPES, add_method_options, checked_device, method_of, open_image, progress, watched
+from .facts import MODELS
 from .methods import Method
 
 if TYPE_CHECKING:
@@ -72,15 +73,17 @@ def run_model(args: argparse.Namespace) -> None:
             answer.warm_up()
     print(f"{answer.places} visual tokens, all of them:", flush=True)
     stock = answer()
-    print(f"\n{_named(method)}:", flush=True)
+    print(f"\n{_named(method, model.config.model_type)}:", flush=True)
     with applied(model, watched(method)):
         pruned = answer()
     _print_table([("all tokens", stock), (type(method).__name__, pruned)], answer)
 
 
-def _named(method: Method) -> str:
-    amount = f"budget {method.budget}" if method.budget is not None else f"retention {method.retention:.3g}"
-    return f"{type(method).__name__}, {amount}"
+def _named(method: Method, model_type: str) -> str:
+    if method.budget is None:
+        return f"{type(method).__name__}, retention {method.retention:.3g}"
+    of_tiles = MODELS[model_type].budget_per == "tile"
+    return f"{type(method).__name__}, budget {method.budget}{' of each tile' * of_tiles}"
 
 
 # ----------------------------------------------------------------------------------------------------------- answering

@@ -120,6 +120,15 @@ def test_compare_answers_from_all_tokens_too(capsys, saved, picture, model_type)
     assert rows["tokens of the answer"] == [NEW, NEW]
 
 
+@pytest.mark.parametrize(("model_type", "named"), [("llava", "budget 9"), ("internvl", "budget 9 of each tile")])
+def test_what_a_budget_is_of(capsys, saved, picture, model_type, named):
+    arguments = ["run", picture, QUESTION, "--model", saved(model_type), "--max-new-tokens", "2", "--compare"]
+    assert cli.main([*arguments, "--budget", "9"]) == 0
+    printed = capsys.readouterr()
+    assert f"\nHiPrune, {named}:\n" in printed.out
+    assert figures(printed.err)["visual tokens"][1] == 9 * (7 if model_type == "internvl" else 1)
+
+
 @pytest.mark.parametrize("name", ["fastervlm", "divprune", "random", "uniform-grid"])
 def test_every_method_answers(capsys, saved, picture, name):
     path = saved("llava")
