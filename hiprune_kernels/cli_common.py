@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,11 +24,24 @@ _AMOUNT = ("budget", "retention")
 _SEED = "seed"  # also of random weights
 
 _DESCRIBED: dict[str, dict[str, Any]] = {  # option of some method -> what argparse is told of it
-    "alpha": {"type": float, "metavar": "A", "help": "share of anchors and buffers"},
-    "object_layer": {"type": int, "metavar": "L", "help": "1-based layer that chooses the anchors"},
+    "alpha": {"help": "share of anchors and buffers; PTP: weight of the instruction; HiRED: the thumbnail's share"},
+    "object_layer": {"metavar": "L", "help": "1-based layer that chooses the anchors"},
     "rule": {"choices": RULES, "help": "rule of selection"},
     "neighborhood": {"choices": tuple(CLUSTER_SIZES), "help": "which neighbours of an anchor are buffers"},
     "score_queries": {"choices": ("all", "cls"), "help": "rows of attention that are summed into scores"},
+    "text_budget": {"help": "share of the budget for tokens that are like the text"},
+    "additive": {"help": "the tokens that are like the text come on top"},
+    "text_encoder": {"metavar": "DIR_OR_ID", "help": "CLIP checkpoint whose vision tower the model has"},
+    "saliency_layer": {"metavar": "L", "help": "1-based encoder layer of the tokens' saliency"},
+    "region": {"choices": ("features", "attention"), "help": "what tiles are weighed by"},
+    "region_layer": {"metavar": "L", "help": "1-based encoder layer of the tiles' features"},
+    "temperature": {"help": "of the tiles' weights"},
+    "instruction_layer": {"metavar": "L", "help": "1-based decoder layer of the text's attention"},
+    "scale_instruction": {"help": "bring the text's attention to 0..1"},
+    "contextual_share": {"help": "share of the budget for merged tokens"},
+    "important_share": {"help": "share of the budget for important tokens"},
+    "relevance_weight": {"help": "of relevance against diversity, below 1"},
+    "layer": {"metavar": "L", "help": "1-based decoder layer whose attention counts"},
     "keep_roles": {"nargs": "+", "choices": ROLE_NAMES, "metavar": "ROLE", "help": "which roles are kept"},
 }
 
@@ -49,12 +63,24 @@ def add_method_options(parser: argparse.ArgumentParser, *, seed_help: str, amoun
             if option not in (*_AMOUNT, _SEED):
                 owners.setdefault(option, []).append(cls)
     for option, classes in owners.items():
-        default = options_of(classes[0])[option]
-        told = dict(_DESCRIBED.get(option, {"type": str if default is None else type(default), "help": ""}))
-        names = ", ".join(cls.__name__ for cls in classes)
-        told["help"] = f"{told['help']} ({names}; default: {_shown(default)})".strip()
+        told = _type_of(classes[0], option) | _DESCRIBED.get(option, {"help": ""})
+        defaults = {cls.__name__: _shown(options_of(cls)[option]) for cls in classes}
+        if len(set(defaults.values())) == 1:
+            names = f"{', '.join(defaults)}; default: {next(iter(defaults.values()))}"
+        else:
+            names = "; ".join(f"{name}: {default}" for name, default in defaults.items())
+        told["help"] = f"{told['help']} ({names})".strip()
         group.add_argument(f"--{option.replace('_', '-')}", default=None, **told)
     group.add_argument("--seed", type=int, metavar="S", help=seed_help)
+
+
+def _type_of(cls: type[Method], option: str) -> dict[str, Any]:
+    """What argparse is told of an option's type, by the annotation of its field."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == option)
+    kind = str(field.type).removesuffix(" | None")
+    if kind == "bool":
+        return {"action": argparse.BooleanOptionalAction}
+    return {"type": {"int": int, "float": float}.get(kind, str)}
 
 
 def method_of(args: argparse.Namespace) -> Method:
@@ -73,6 +99,10 @@ def method_of(args: argparse.Namespace) -> Method:
         if option not in own:
             flag = option.replace("_", "-")
             raise ValueError(f"{flag}: {cls.__name__} has no such option; it has {', '.join(own).replace('_', '-')}")
+    if "text_encoder" in given:
+        from .loading import load_clip_text
+
+        given["text_encoder"] = load_clip_text(given["text_encoder"], args.model)
     if not any(option in given for option in _AMOUNT):
         given["retention"] = 1 / 3
     return cls(**given)

@@ -18,12 +18,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedModel,
 )
 
-from .methods import Method, Stage
+from .methods import ClipText, Method, Stage
 from .patch import FAMILIES, apply_method
 from .patch.call import PATCH, PatchedEncoder
 from .patch.encoders import find_encoder
@@ -108,6 +110,26 @@ def load_model(
         processor, remark = load_processor(source, config, answers=answers, local_files_only=local_only)
     model = model.eval().requires_grad_(False).to(device=device)
     return LoadedModel(model, processor, source, False, (*remarks, *remark))
+
+
+def load_clip_text(source: str, model: str | None) -> ClipText:
+    """The text tower of a CLIP checkpoint, for a model whose vision tower is that CLIP's.
+
+    Raises:
+        ValueError: if a checkpoint is not there, or is no CLIP, or `model`, whose tokenizer is needed, is not given.
+    """
+    if model is None:
+        raise ValueError(
+            "text-encoder: expected --model too, whose tokenizer brings its prompts back to text, got none"
+        )
+    local_only = is_local(source)
+    with quiet_transformers():
+        config = _config(source, local_only)
+        if config.model_type != "clip":
+            raise ValueError(f"text-encoder: expected a model of type clip, got {config.model_type!r} in {source!r}")
+        clip = _with_weights(CLIPModel, source, config=config, local_files_only=local_only, dtype=torch.float32)
+        tokenizers = [AutoTokenizer.from_pretrained(each, local_files_only=is_local(each)) for each in (source, model)]
+    return ClipText(clip=clip.eval().requires_grad_(False), clip_tokenizer=tokenizers[0], tokenizer=tokenizers[1])
 
 
 def encoder_of(model: PreTrainedModel) -> PatchedEncoder:

@@ -71,7 +71,7 @@ from hiprune_kernels.patch.encoders import ENCODERS
         (["prune", "PHOTO", "--method", "random", "--seed", "-1"], "seed: expected"),
         (
             ["prune", "PHOTO", "--method", "divprune"],
-            "DivPrune: needs features of the language model, expected a model with a language model, got CLIP alone",
+            "DivPrune: needs features of the language model, expected a model with a language model, got CLIPVisionModel alone",
         ),
         (["run", "PHOTO"], "required: QUESTION"),
         (["run", "PHOTO", "what?", "--budget", "3"], "required: --model"),

@@ -165,7 +165,7 @@ def test_a_siglip_has_no_cls_token(capsys, photo, tmp_path):
     assert cli.main(["prune", photo, "--model", str(tmp_path), "--out", str(tmp_path / "kept.png")]) == 0
     assert Image.open(tmp_path / "kept.png").width == 4 * 192 + 5 * 6
     message = error_of(capsys, "prune", photo, "--model", str(tmp_path), "--score-queries", "cls")
-    assert 'score_queries: expected "all", as SigLIP has no CLS token, got "cls"' in message
+    assert 'score_queries: expected "all", as SiglipVisionModel has no CLS token, got "cls"' in message
     with pytest.raises(ValueError, match=r"expected a CLIP vision model, .* got model_type 'siglip_vision_model'"):
         loading.load_encoder(str(tmp_path))  # the demo's ways need a CLS token
 

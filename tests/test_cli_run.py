@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from checkpoints import PARTS, TEMPLATE, assemble, photograph, save
+from checkpoints import PARTS, TEMPLATE, assemble, photograph, save, tokenizer
 from cli_helpers import error_of
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
 
 import hiprune_kernels as hk
 from hiprune_kernels import cli, processing
@@ -211,3 +211,36 @@ def test_a_template_that_begins_the_prompt_itself(saved, picture, monkeypatch):
     inputs = processing.prompt_inputs(model, processor, Image.open(picture), QUESTION)
     assert list(inputs) == ["input_ids"] and asked[0]["add_special_tokens"] is False
     assert asked[0]["text"][0].startswith("w1 w2 <image>")
+
+
+# ------------------------------------------------------------------------------------------- methods with a text encoder
+
+
+@pytest.fixture(scope="module")
+def clip(folder, saved):
+    """A checkpoint of a CLIP whose vision tower is as wide as the LLaVA's."""
+    vision = AutoModelForImageTextToText.from_pretrained(saved("llava")).config.vision_config.to_dict()
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPConfig(vision_config=vision, text_config=text | {"vocab_size": 100}, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    tokenizer().save_pretrained(folder / "clip")
+    return str(folder / "clip")
+
+
+@pytest.mark.parametrize("method", ["trim", "hiprune++", "cdpruner"])
+def test_methods_with_a_text_encoder(capsys, saved, picture, clip, method):
+    options = ("--method", method, "--retention", "0.3", "--max-new-tokens", "2", "--text-encoder", clip)
+    assert cli.main(["run", picture, QUESTION, "--model", saved("llava"), *options]) == 0
+    counts = {"trim": int(36 * 0.3) + 1, "hiprune++": 11, "cdpruner": 11}
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("visual tokens"))
+    assert line.split()[2:4] == ["36", str(counts[method])]
+
+
+def test_what_is_no_text_encoder(capsys, saved, picture, clip):
+    options = ("--model", saved("llava"), "--budget", "9")
+    message = error_of(capsys, "run", picture, QUESTION, *options, "--method", "trim")
+    assert "text_encoder: expected a ClipText, as TRIM compares patches with text in CLIP's space" in message
+    message = error_of(capsys, "run", picture, QUESTION, *options, "--method", "trim", "--text-encoder", saved("llava"))
+    assert "text-encoder: expected a model of type clip, got 'llava'" in message
+    message = error_of(capsys, "run", picture, QUESTION, *options, "--method", "ptp", "--text-encoder", clip)
+    assert "text-encoder: PTP has no such option; it has budget, retention, alpha" in message
