@@ -246,6 +246,20 @@ def test_features_of_other_dtypes(dtype):
     assert_same(of_images(method.select(seen), layout), expected)
 
 
+@pytest.mark.parametrize("size", [2, 5, 9])
+def test_the_first_token_of_divprune_is_the_lower_one_of_a_pair(size):
+    """Two tokens that are each other's nearest are equally far from it, whichever way their distance is rounded."""
+    pairs = 0
+    for seed in range(300):
+        features = torch.randn(size, 7, generator=torch.Generator().manual_seed(seed))
+        rows = features.double() / features.double().norm(dim=1, keepdim=True)
+        nearest = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").fill_diagonal_(9).amin(dim=1)
+        best = (nearest >= nearest.max() - 1e-12).nonzero()[:, 0].tolist()
+        pairs += len(best) == 2
+        assert DivPrune(budget=1).select(Seen(layout_of([(1, size)]), features=features)).indices.tolist() == best[:1]
+    assert pairs > 0
+
+
 def test_one_token_and_all_but_one(case):
     layout = layout_of([(3, 4)], [(3, 4)])
     for budget in (1, 11):
