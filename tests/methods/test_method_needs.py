@@ -12,6 +12,7 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from family_cases import (
     _TOKEN,
     SHARE,
+    FamilyCase,
     _extended,
     assert_close,
     copied,
@@ -19,7 +20,16 @@ from family_cases import (
     kept_tokens,
     right_padded,
 )
-from models import qwen_batch
+from models import (
+    ENCODER_CASES,
+    IMAGE_TOKEN,
+    anyres_batch,
+    encoder_inputs,
+    qwen_batch,
+    tiny_encoder,
+    tiny_onevision,
+    video_llava_batch,
+)
 from patch_reference import seen_features
 from spies import Doubler, Spy, doubled
 
@@ -653,3 +663,174 @@ def test_a_later_turn_with_an_image(kind):
 
 PIXELS = ("pixel_values", "image_grid_thw")
 PLACED = ("qwen2_vl", "qwen3_vl", "glm4v")  # whose positions `generate` makes, from what the cache holds
+
+
+# ------------------------------------------------------------------------------------------ encoders by themselves
+
+BARE = ["clip b", "siglip", "deit", "dinov2", "dinov2 registers", "v-jepa 2"]
+
+
+@pytest.fixture(scope="module", params=BARE)
+def encoder(request):
+    """An encoder, inputs, its stock output, and what its last layer makes of them in float64: keys and rows."""
+    about, model = ENCODER_CASES[request.param], tiny_encoder(request.param)
+    inputs, found = encoder_inputs(request.param), {}
+    wide = copy.deepcopy(model).double()
+    layers = find_encoder(wide)[2]
+    projection = next(m for name, m in layers[-1].named_modules() if name.endswith(("k_proj", "key")))
+    projection.register_forward_hook(
+        lambda _, args, output: found.update(keys=output.unflatten(-1, (4, -1)).mean(dim=2))
+    )
+    for number, layer in enumerate(layers, 1):
+        layer.register_forward_hook(
+            lambda _, args, output, n=number: found.update({n: output[0] if isinstance(output, tuple) else output})
+        )
+    with torch.no_grad():
+        wide(**{name: value.double() if torch.is_tensor(value) else value for name, value in inputs.items()})
+        return about, model, inputs, model(**inputs).last_hidden_state, found
+
+
+@pytest.mark.parametrize("back", [0, 1, 3])
+def test_needs_of_an_encoder_alone(encoder, back):
+    about, model, inputs, stock, found = encoder
+    wanted = Needs(keys=True, features="encoder", region_features=about.depth - back)
+    method = Spy(retention=SHARE, wanted=wanted)
+    with hk.applied(model, method), torch.no_grad():
+        states = model(**inputs).last_hidden_state
+        kept = torch.stack([selection.indices for selection in hk.last_selection(model)])
+    (seen,) = method.log
+    assert seen.encoder.decoder_layers == 0 and seen.encoder.num_prefix_tokens == about.prefix
+    assert_close(seen.keys, found["keys"][:, about.prefix :].flatten(0, 1))
+    assert_close(seen.features, found[about.depth][:, about.prefix :].flatten(0, 1))
+    rows = found[about.depth - back]
+    assert_close(seen.regions, rows[:, 0] if about.prefix else rows.mean(dim=1))
+    assert_close(states, rows_of(about, stock, kept))
+
+
+def rows_of(about, states, kept):
+    """Prefix rows, then the kept ones."""
+    rows = torch.cat([torch.arange(about.prefix).expand(len(kept), -1), about.prefix + kept], dim=1)
+    return states.gather(1, rows[..., None].expand(-1, -1, states.shape[-1]))
+
+
+@pytest.mark.parametrize("back", [0, 1, 3])
+def test_regions_of_an_encoder_alone(encoder, back):
+    """With nothing else: of encoders with CLS the feature layer computes its row alone."""
+    about, model, inputs, stock, found = encoder
+    method = Spy(retention=SHARE, wanted=Needs(region_features=about.depth - back))
+    with hk.applied(model, method), torch.no_grad():
+        states = model(**inputs).last_hidden_state
+        kept = torch.stack([selection.indices for selection in hk.last_selection(model)])
+    rows = found[about.depth - back]
+    assert_close(method.log[0].regions, rows[:, 0] if about.prefix else rows.mean(dim=1))
+    assert_close(states, rows_of(about, stock, kept))
+
+
+def test_merging_in_an_encoder_alone(encoder):
+    """The prefix rows stay what they were."""
+    about, model, inputs, stock, _ = encoder
+    method = Doubler(retention=SHARE, wanted=Needs(features="encoder"))
+    layer = find_encoder(model)[2][-1]
+
+    def replace(_, args, output):
+        states = (output[0] if isinstance(output, tuple) else output).clone()
+        states[:, about.prefix :] = doubled(states[:, about.prefix :].flatten(0, 1)).view_as(states[:, about.prefix :])
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    handle = layer.register_forward_hook(replace, prepend=True)
+    with torch.no_grad():
+        expected = model(**inputs).last_hidden_state
+    handle.remove()
+    with hk.applied(model, method), torch.no_grad():
+        states = model(**inputs).last_hidden_state
+        kept = torch.stack([selection.indices for selection in hk.last_selection(model)])
+    assert_close(states, rows_of(about, expected, kept))
+    assert float((expected - stock).abs().max()) > 0.1
+
+
+# ------------------------------------------------------------------------------------------------- other inputs
+
+OTHER_INPUTS = {
+    "two images in a prompt": (
+        "qwen2_5_vl",
+        lambda: qwen_batch("qwen2.5", [(3, (4, 6), 2, (3, 3), 5), (4, (3, 3), 6)]),
+    ),
+    "two images, deepstack": ("qwen3_vl", lambda: qwen_batch("qwen3", [(3, (4, 6), 2, (3, 3), 5), (4, (3, 3), 6)])),
+    "videos alone": ("qwen2_vl", lambda: qwen_batch("qwen2", [(3, (2, 3, 4), 5), (4, (3, 2, 2), 2, (2, 2, 2), 6)])),
+    "videos with time stamps": ("qwen3_vl", lambda: qwen_batch("qwen3", [(3, (2, 3, 4), 5), (4, (3, 2, 2), 6)])),
+    "frames of videos": ("glm4v", lambda: qwen_batch("glm", [(3, (2, 3, 4), 5), (4, (3, 2, 2), 6)])),
+    "videos with CLS tokens": (
+        "video_llava",
+        lambda: video_llava_batch([[5, "video", 7], [2, "video", 3, "video", 2]]),
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=OTHER_INPUTS)
+def other(request):
+    name, inputs = OTHER_INPUTS[request.param]
+    case = family_case(name)
+    return FamilyCase(name, case.stock, inputs())
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Needs(keys=True), Needs(features="language", text=True, text_attention=(1, "mean"))],
+    ids=["encoder", "late"],
+)
+def test_other_inputs(other, wanted):
+    log, kept, logits = spied(other, wanted)
+    for seen, run in zip(log, other.view.runs):
+        assert list(seen.layout.grids) == run.grids and list(seen.layout.tiles) == run.tiles
+        if wanted.keys:
+            assert_close(seen.keys, run.keys(other.view.feature_layer))
+            continue
+        assert_close(seen.features, run.language())
+        assert_close(seen.text_scores, run.text_scores(1, "mean"))
+        for found, expected in zip(seen.text, run.text(), strict=True):
+            assert_close(found, expected)
+    assert_same_logits(other, kept, logits)
+    method = Spy(retention=SHARE, wanted=wanted)
+    with hk.applied(other.stock, method):
+        other.assert_generates(other.stock, other.rows(kept))
+
+
+def test_interpolated_images():
+    """Of a large image LLaVA-OneVision mixes rows of its tiles: what is read of rows is mixed alike, by stock code."""
+    model = tiny_onevision()
+    inputs = anyres_batch(model, [[4, (130, 130), 3], [2, (40, 90), 5]])
+    layer, grid = 5, (5, 5)
+    with torch.no_grad():
+        features = model.model.get_image_features(
+            **{name: inputs[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}, return_dict=True
+        ).pooler_output
+        embeds, mask = model.get_input_embeddings()(inputs["input_ids"]), inputs["attention_mask"].bool()
+    places = inputs["input_ids"] == IMAGE_TOKEN
+    embeds[places] = torch.cat(list(features))
+    wanted = Needs(scores={layer: "all"}, keys=True, features="encoder")
+    for needs in (wanted, Needs(features="language"), wanted._replace(features="language")):
+        method = Doubler(retention=SHARE, wanted=needs)
+        with hk.applied(model, method), torch.no_grad():
+            logits = model(**inputs).logits
+            selections = hk.last_selection(model)
+        (seen,) = method.log
+        sizes = seen.layout.sizes
+        assert seen.layout.pool is not None and seen.layout.tiles == (2, 3) and seen.layout.grids[0] == grid
+        tokens = seen.layout.placeholders
+        assert tokens.shape == (int(places.sum()),)
+        language = torch.zeros(sum(sizes), embeds.shape[-1])
+        language[tokens[tokens >= 0]] = torch.cat(list(features))[tokens >= 0]
+        if needs.features == "language":
+            assert_close(seen.features, language)
+        else:
+            assert seen.features.shape == (sum(sizes), 64) and seen.keys.shape == (sum(sizes), 16)
+        roles = torch.cat([selection.roles for selection in selections])
+        merged, own = doubled(language), torch.cat(list(features))
+        own[tokens >= 0] = merged[tokens[tokens >= 0]]
+        replaced, keep = embeds.clone(), mask.clone()
+        replaced[places] = own
+        keep[places] = (tokens < 0) | (roles[tokens] > 0)
+        for found, row, here in zip(logits, replaced, keep):
+            with torch.no_grad():
+                expected = model(inputs_embeds=row[here][None]).logits[0]
+            assert_close(found[-len(expected) :], expected, 1e-3)
