@@ -30,7 +30,7 @@ _QUERIES = ("all", "cls", "mean")
 _FEATURES = ("none", "encoder", "language", "both")
 _REDUCTIONS = ("max", "mean", "last")
 
-ABSENT: Any = None  # default of what is there for those who ask for it: they need not look whether it is None
+ABSENT: Any = None  # default of fields that their readers have asked for, and need not test; for others they are None
 
 
 class Stage(enum.Enum):
