@@ -30,6 +30,8 @@ _QUERIES = ("all", "cls", "mean")
 _FEATURES = ("none", "encoder", "language", "both")
 _REDUCTIONS = ("max", "mean", "last")
 
+ABSENT: Any = None  # default of fields that their readers have asked for, and need not test; for others they are None
+
 
 class Stage(enum.Enum):
     """Where in a forward a method selects."""
@@ -160,7 +162,7 @@ class TokenLayout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a method gets to see: what it asked for by `Needs`, on one device. The rest is None or empty.
+    """What a method gets to see: what it asked for by `Needs`, on one device. What it did not ask for is None or empty.
 
     Attributes:
         layout: how the tokens lie.
@@ -179,14 +181,14 @@ class Seen(NamedTuple):
 
     layout: TokenLayout
     scores: Mapping[int, Tensor] = MappingProxyType({})
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    regions: Tensor | None = None
-    text: Sequence[Tensor] | None = None
-    text_scores: Tensor | None = None
+    keys: Tensor = ABSENT
+    features: Tensor = ABSENT
+    regions: Tensor = ABSENT
+    text: Sequence[Tensor] = ABSENT
+    text_scores: Tensor = ABSENT
     text_ids: Sequence[Tensor] | None = None
     encoder_features: Tensor | None = None
-    encoder: EncoderFacts | None = None
+    encoder: EncoderFacts = ABSENT
     device: torch.device = torch.device("cpu")
 
 
@@ -499,9 +501,9 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
             refuse("scores", f'of "all" or "mean", as {encoder.name} has no CLS token', queries)
     if needs.features not in _FEATURES:
         refuse("features", f"to be one of {_FEATURES}", needs.features)
-    layer = needs.region_features
-    if layer is not None and (type(layer) is not int or not 1 <= layer <= encoder.feature_layer):
-        refuse("region_features", layers, layer)
+    region = needs.region_features
+    if region is not None and (type(region) is not int or not 1 <= region <= encoder.feature_layer):
+        refuse("region_features", layers, region)
     if needs.stage(encoder) is Stage.LANGUAGE and not encoder.decoder_layers:
         wanted = "text" if needs.text or needs.text_attention else "features of the language model"
         raise ValueError(f"{name}: needs {wanted}, expected a model with a language model, got {encoder.name} alone")

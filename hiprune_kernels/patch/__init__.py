@@ -227,8 +227,10 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
         ValueError, TypeError: naming the argument or the method, what was expected and what came.
     """
     if not isinstance(method, Method):
-        got = f"the class {method.__name__}, without options" if isinstance(method, type) else type(method).__name__
-        raise TypeError(f"method: expected a Method, such as HiPrune(budget=192), got {got}")
+        raise TypeError(
+            "method: expected a Method, such as HiPrune(budget=192), got "
+            + (f"the class {method.__name__}, without options" if isinstance(method, type) else type(method).__name__)
+        )
     host = family.host(model)
     family.check(host)
     kind = family.kind
@@ -283,8 +285,8 @@ def _install(patch: Patch, model: nn.Module) -> None:
             if encoder.region_layer is not None:
                 edits.set_method(encoder.region_layer, "forward", region_layer_forward)
             edits.set_method(encoder.feature_layer, "forward", feature_layer_forward)
-            for layer in encoder.skipped_layers:
-                edits.set_method(layer, "forward", skipped_layer_forward)
+            for skipped in encoder.skipped_layers:
+                edits.set_method(skipped, "forward", skipped_layer_forward)
         edits.set_attribute(host, PATCH, patch)
         edits.set_method(host, "forward", host_forward)
         if patch.connector is not None:
