@@ -132,12 +132,8 @@ def expected_of(case, method, view: StockView) -> list[list[tuple[Tensor, Tensor
     """Indices and roles of each image of each run, by a method's reference, from what stock code computes."""
     found = []
     for run in view.runs:
-        scores, features = {}, None
-        if method.needs(facts_of(view)).scores:
-            wanted = method.needs(facts_of(view)).scores
-            scores = {layer: run.scores(layer, queries) for layer, queries in wanted.items()}
-        if method.needs(facts_of(view)).features == "language":
-            features = run.language()
+        scores = {layer: run.scores(layer, queries) for layer, queries in case.scores(facts_of(view)).items()}
+        features = run.language() if case.features else None
         found.append([case.expected(method, run.tiles_of_image(i, scores, features)) for i in range(len(run.tiles))])
     return found
 

@@ -170,6 +170,8 @@ class MethodCase:
     cls: type[Method]
     reference: Callable[[Method, list[Tile]], Roles]
     options: dict = field(default_factory=dict)
+    scores: Callable[[EncoderFacts], dict[int, str]] = lambda encoder: {}  # what is read of which layer
+    features: bool = False  # whether the language model's are read
 
     def make(self, **budget) -> Method:
         return self.cls(**budget, **self.options)
@@ -183,10 +185,21 @@ class MethodCase:
         return torch.tensor(sorted(kept)), roles
 
 
+def _middle_and_last(encoder: EncoderFacts) -> dict[int, str]:
+    """Layer 9 of 24, or half of Qwen-VL's depth, and the feature layer."""
+    share = 1 / 2 if encoder.model_type.startswith(("qwen", "glm")) else 9 / 24
+    return {round(share * encoder.depth): "all", encoder.feature_layer: "all"}
+
+
+def _last_of_cls(encoder: EncoderFacts) -> dict[int, str]:
+    """The feature layer's CLS row, or the mean of all rows."""
+    return {encoder.feature_layer: "cls" if encoder.num_prefix_tokens else "mean"}
+
+
 METHOD_CASES = {
-    "hiprune": MethodCase(HiPrune, hiprune, {"alpha": 0.5}),
-    "fastervlm": MethodCase(FasterVLM, fastervlm),
-    "divprune": MethodCase(DivPrune, divprune),
+    "hiprune": MethodCase(HiPrune, hiprune, {"alpha": 0.5}, scores=_middle_and_last),
+    "fastervlm": MethodCase(FasterVLM, fastervlm, scores=_last_of_cls),
+    "divprune": MethodCase(DivPrune, divprune, features=True),
     "random": MethodCase(Random, random, {"seed": 7}),
     "uniform-grid": MethodCase(UniformGrid, uniform_grid),
 }

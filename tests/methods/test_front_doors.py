@@ -55,8 +55,7 @@ def test_hiprune_s_front_doors_have_its_options():
 OPTIONS = [
     {"retention": SHARE},
     {"budget": 9, "alpha": 0.4, "object_layer": 1, "rule": "grid", "neighborhood": "square"},
-    {"retention": SHARE, "keep_roles": ("register",)},
-    {"retention": SHARE, "rule": "official"},
+    {"retention": SHARE, "rule": "official", "keep_roles": ("anchor", "register"), "score_queries": "all"},
 ]
 
 
@@ -192,7 +191,7 @@ def test_applied_restores_the_method_before(family):
     assert not hk.is_patched(model) and torch.equal(family.logits(), stock)
 
 
-@pytest.mark.parametrize("method", ALL, ids=lambda method: type(method).__name__)
+@pytest.mark.parametrize("method", [ALL[0], ALL[2], ALL[-1]], ids=lambda method: type(method).__name__)
 def test_deep_copies(family, method):
     """A copy of a patched model is patched by itself."""
     stock = family.logits()
