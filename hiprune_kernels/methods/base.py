@@ -534,8 +534,10 @@ def checked_kept(method: Method, layout: TokenLayout) -> list[int]:
     return list(kept)
 
 
-def checked_picks(method: Method, picks: Picks, layout: TokenLayout, device: torch.device) -> Picks:
-    """A method's picks, if they are right.
+def checked_picks(
+    method: Method, picks: Picks, layout: TokenLayout, kept: Sequence[int], device: torch.device
+) -> Picks:
+    """A method's picks, if they are right: as many of each image as were announced.
 
     Raises:
         TypeError, ValueError: naming the method, what was expected and what came.
@@ -555,12 +557,11 @@ def checked_picks(method: Method, picks: Picks, layout: TokenLayout, device: tor
         raise ValueError(f"{name}: expected roles of {sum(sizes)} tokens, got {len(roles)}")
     if len(counts) != len(sizes) or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{name}: expected counts of {len(sizes)} tiles, got {counts!r}")
-    kept = checked_kept(method, layout)
     found = [sum(counts[tiles]) for tiles, _ in layout.images()]
-    if found != kept or len(indices) != sum(kept):
+    if found != list(kept) or len(indices) != sum(kept):
         raise ValueError(
-            f"{name}: expected {kept} tokens of each image, as `kept` says, got counts of {found} and {len(indices)} "
-            "indices"
+            f"{name}: expected {list(kept)} tokens of each image, as `kept` says, got counts of {found} and "
+            f"{len(indices)} indices"
         )
     return picks if _is_guaranteed(type(method)) else _checked_values(name, picks, len(method.roles), sizes)
 

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..facts import EncoderFacts
-from ..methods import HiPrune, Method, Selection
+from ..methods import HiPrune, Method, Selection, options_of
 from ..methods.base import checked_needs
 from .call import PATCH, Patch, PatchedEncoder, forward_names
 from .edits import clear_methods
@@ -184,24 +184,27 @@ def apply_hiprune(
         >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     """
     _family(model)  # what cannot be patched at all is said first
-    method = HiPrune(
-        budget=budget,
-        retention=retention,
-        alpha=alpha,
-        object_layer=object_layer,
-        rule=rule,
-        neighborhood=neighborhood,
-        score_queries=score_queries,
-        keep_roles=keep_roles,
-    )
-    return apply_method(model, method, unpad=unpad)
+    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    return apply_method(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad)
 
 
 remove_hiprune = remove_method
 
 
 @contextmanager
-def hiprune(model: Model, *, unpad: str | None = None, **options: Any) -> Iterator[Model]:
+def hiprune(
+    model: Model,
+    *,
+    budget: int | None = None,
+    retention: float | None = None,
+    alpha: float = HiPrune.alpha,
+    object_layer: int | None = HiPrune.object_layer,
+    rule: str = HiPrune.rule,
+    neighborhood: str = HiPrune.neighborhood,
+    score_queries: str = HiPrune.score_queries,
+    keep_roles: Sequence[str] = HiPrune.keep_roles,
+    unpad: str | None = None,
+) -> Iterator[Model]:
     """`applied` with `HiPrune` of these options, those of `apply_hiprune`.
 
     Example:
@@ -209,7 +212,8 @@ def hiprune(model: Model, *, unpad: str | None = None, **options: Any) -> Iterat
         ...     answer = model.generate(**inputs)
     """
     _family(model)
-    with applied(model, HiPrune(**options), unpad=unpad):
+    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    with applied(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad):
         yield model
 
 

@@ -136,6 +136,7 @@ class Run:
 
     encoder: PatchedEncoder
     layout: TokenLayout
+    announced: list[int]  # how many tokens of each image stay, by `Method.kept`
     video: bool = False  # of videos, not of images
     whole: bool = False  # every token stays: the forward is stock
     scores: dict[int, Tensor] = field(default_factory=dict)  # the fields of Seen, as they come
@@ -187,7 +188,7 @@ class Run:
             encoder=encoder.facts,
             device=device,
         )
-        self._picks = checked_picks(method, method.select(self._seen), self.layout, device)
+        self._picks = checked_picks(method, method.select(self._seen), self.layout, self.announced, device)
 
     def keep_all(self, role: int, device: torch.device) -> None:
         """Let every token stay, and the forward be stock: nothing is selected."""

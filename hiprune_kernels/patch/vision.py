@@ -113,9 +113,8 @@ def _begin_run(call: Call, encoder: PatchedEncoder, arguments: dict[str, Any]) -
     layout = patch.family.layout(call, encoder.family.grids(encoder.config, arguments), video)
     if layout.pictures is not None and patch.method.whole_images:
         layout = layout._replace(tiles=layout.pictures)
-    run = Run(encoder, layout, video)
-    kept, sizes = checked_kept(patch.method, run.layout), run.layout.sizes
-    if sum(kept) == sum(sizes):  # nothing is selected
+    run, sizes = Run(encoder, layout, checked_kept(patch.method, layout), video), layout.sizes
+    if sum(run.announced) == sum(sizes):  # nothing is selected
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
         run.keep_all(len(patch.method.roles), device)
         return run
@@ -136,6 +135,7 @@ def _begin_run(call: Call, encoder: PatchedEncoder, arguments: dict[str, Any]) -
         candidates[run.layout.placeholders[run.layout.placeholders >= 0]] = True
         if not bool(candidates.all()):
             run.layout = run.layout.with_candidates(candidates)
+            run.announced = checked_kept(patch.method, run.layout)
     if run.layout.unit_rows is None:
         run.layout = run.layout._replace(unit_rows=encoder.family.unit_rows(encoder.config, arguments))
     return run
