@@ -38,10 +38,10 @@ class TRIM(Method):
     guaranteed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_text_encoder(self.text_encoder)
         if self.text_encoder is None:
             raise ValueError("text_encoder: expected a ClipText, as TRIM compares patches with text in CLIP's space")
-        super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
         return Needs(features="encoder", text=True)

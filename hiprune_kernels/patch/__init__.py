@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..facts import EncoderFacts
-from ..methods import HiPrune, Method, Selection, options_of
+from ..methods import HiPrune, Method, Selection
 from ..methods.base import checked_needs
 from .call import PATCH, Patch, PatchedEncoder, forward_names
 from .edits import clear_methods
@@ -184,8 +184,17 @@ def apply_hiprune(
         >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     """
     _family(model)  # what cannot be patched at all is said first
-    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
-    return apply_method(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad)
+    method = HiPrune(
+        budget=budget,
+        retention=retention,
+        alpha=alpha,
+        object_layer=object_layer,
+        rule=rule,
+        neighborhood=neighborhood,
+        score_queries=score_queries,
+        keep_roles=keep_roles,
+    )
+    return apply_method(model, method, unpad=unpad)
 
 
 remove_hiprune = remove_method
@@ -212,8 +221,17 @@ def hiprune(
         ...     answer = model.generate(**inputs)
     """
     _family(model)
-    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
-    with applied(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad):
+    method = HiPrune(
+        budget=budget,
+        retention=retention,
+        alpha=alpha,
+        object_layer=object_layer,
+        rule=rule,
+        neighborhood=neighborhood,
+        score_queries=score_queries,
+        keep_roles=keep_roles,
+    )
+    with applied(model, method, unpad=unpad):
         yield model
 
 

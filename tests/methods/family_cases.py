@@ -124,18 +124,24 @@ def right_padded(inputs: dict) -> dict:
 
 def kept_tokens(model, view: StockView) -> list[Tensor]:
     """Which tokens of each run were kept, [T] bool, by what the model tells of its last forward."""
-    selections = iter(hk.last_selection(model))
-    return [torch.cat([next(selections).roles > 0 for _ in run.tiles]) for run in view.runs]
+    kept = torch.cat([selection.roles > 0 for selection in hk.last_selection(model)])
+    return list(kept.split([sum(run.sizes) for run in view.runs]))
 
 
 def expected_of(case, method, view: StockView) -> list[list[tuple[Tensor, Tensor]]]:
     """Indices and roles of each image of each run, by a method's reference, from what stock code computes."""
     found = []
-    for run in view.runs:
+    for run in runs_of(method, view):
         scores = {layer: run.scores(layer, queries) for layer, queries in case.scores(facts_of(view)).items()}
         features = run.language() if case.features else None
         found.append([case.expected(method, run.tiles_of_image(i, scores, features)) for i in range(len(run.tiles))])
     return found
+
+
+def runs_of(method, view: StockView) -> list[Shown]:
+    """The runs, with the images that the method knows: whole pictures, or tiles where the model takes them for images."""
+    whole = method.whole_images and view.model_type == "internvl"
+    return [run.of_pictures() for run in view.runs] if whole else view.runs
 
 
 def facts_of(view: StockView):
@@ -151,7 +157,7 @@ def facts_of(view: StockView):
         view.depth,
         view.feature_layer,
         view.runs[0].prefix,
-        tiled=view.model_type in ("llava_next", "llava_onevision"),
+        tiled=view.model_type in ("llava_next", "llava_onevision", "internvl"),
         decoder_layers=3,
     )
 

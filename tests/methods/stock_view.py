@@ -9,7 +9,7 @@ import copy
 import sys
 from collections import defaultdict
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import torch
@@ -96,6 +96,14 @@ class Shown:
         result = rows.new_zeros(sum(self.sizes), rows.shape[-1])
         result[tokens[tokens >= 0]] = rows[tokens >= 0]
         return result
+
+    def of_pictures(self) -> Shown:
+        """The same, where the tiles of one picture, whose placeholders stand together in a prompt, are one image."""
+        tiles = []
+        for row in self.places.tolist():
+            runs = "".join("x" if place else " " for place in row).split()
+            tiles += [len(run) // self.sizes[0] for run in runs]
+        return replace(self, tiles=tiles)
 
     def images(self) -> list[tuple[slice, slice]]:
         """Of each image its tiles and its tokens."""

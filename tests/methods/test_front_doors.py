@@ -13,7 +13,7 @@ import sys
 
 import pytest
 import torch
-from family_cases import SHARE, copied, family_case, kept_tokens
+from family_cases import SHARE, copied, family_case, kept_tokens, runs_of
 from method_cases import METHOD_CASES
 from spies import Doubler, Spy
 
@@ -41,11 +41,11 @@ def keywords(function):
 
 
 def test_hiprune_s_front_doors_have_its_options():
-    """In the same order, with the same defaults; `hiprune` hands its own on."""
+    """In the same order, with the same defaults."""
     options = keywords(hk.apply_hiprune)
     assert options.pop("unpad") is None
     assert list(options.items()) == list(options_of(HiPrune).items()) == list(keywords(HiPrune.__init__).items())
-    assert keywords(hk.hiprune) == {"unpad": None}
+    assert keywords(hk.hiprune) == options | {"unpad": None}
     assert keywords(hk.apply_method) == keywords(hk.applied) == {"unpad": None}
     annotations = {field.name: field.type for field in dataclasses.fields(HiPrune)}
     parameters = inspect.signature(hk.apply_hiprune).parameters
@@ -202,7 +202,7 @@ def test_deep_copies(family, method):
     assert hk.is_patched(twin) and family.host(twin)._hiprune is not case.host(case.stock)._hiprune
     hk.remove_method(case.stock)
     assert torch.equal(family.logits(twin), expected) and torch.equal(case.logits(), stock)
-    assert len(hk.last_selection(twin)) == sum(len(run.tiles) for run in family.view.runs)
+    assert len(hk.last_selection(twin)) == sum(len(run.tiles) for run in runs_of(method, family.view))
     third = copy.deepcopy(twin)
     hk.remove_method(twin)
     assert torch.equal(family.logits(twin), stock) and torch.equal(family.logits(third), expected)
@@ -261,7 +261,7 @@ def test_facts_cover_what_can_be_patched():
 
 def test_public_names():
     names = {cls.__name__ for cls in methods.METHODS.values()} | {"Method", "Needs", "Picks", "Seen", "TokenLayout"}
-    assert names | {"apply_method", "applied", "remove_method", "methods"} <= set(hk.__all__)
+    assert names | {"apply_method", "applied", "remove_method"} <= set(hk.__all__)
     assert all(getattr(hk, name) is getattr(methods, name) for name in names)
     assert hk.remove_hiprune is hk.remove_method
     assert all(issubclass(cls, Method) and cls.__doc__ for cls in methods.METHODS.values())

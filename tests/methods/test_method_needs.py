@@ -72,7 +72,7 @@ def test_facts_of_the_encoder(family):
     for seen in log:
         assert seen.encoder.feature_layer == view.feature_layer and seen.encoder.depth == view.depth
         assert seen.encoder.has_cls == view.has_cls and seen.encoder.decoder_layers == 3
-        assert seen.encoder.tiled == (family.name in ("llava_next", "llava_onevision"))
+        assert seen.encoder.tiled == (family.name in ("llava_next", "llava_onevision", "internvl"))
         assert seen.device == torch.device("cpu")
         assert_only(seen)
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from family_cases import SHARE, assert_close, expected_of, kept_tokens
+from family_cases import SHARE, assert_close, expected_of, kept_tokens, runs_of
 from method_cases import METHOD_CASES
 from models import ENCODER_CASES, encoder_inputs, tiny_encoder
 
@@ -87,7 +87,7 @@ def test_neighbours_in_the_batch_change_nothing(family, case):
         with torch.no_grad():
             twice = model(**doubled).logits
         double = iter(hk.last_selection(model))
-    for run in family.view.runs:
+    for run in runs_of(method, family.view):
         expected = [next(single) for _ in run.tiles]
         for one, other in zip(expected * 2, [next(double) for _ in run.tiles * 2], strict=True):
             assert torch.equal(one.indices, other.indices) and torch.equal(one.roles, other.roles)

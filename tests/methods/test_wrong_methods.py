@@ -112,13 +112,19 @@ def test_a_method_without_select(encoder):
 # -------------------------------------------------------------------------------------------------------------- needs
 
 TOO_MUCH = [  # of an encoder without CLS and without a language model
-    (Needs(scores={2: "cls"}), r'expected scores of "all" or "mean", as SigLIP has no CLS token, got \'cls\''),
+    (
+        Needs(scores={2: "cls"}),
+        r'expected scores of "all" or "mean", as SiglipVisionModel has no CLS token, got \'cls\'',
+    ),
     (
         Needs(features="language"),
-        "needs features of the language model, expected a model with a language model, got SigL",
+        "needs features of the language model, expected a model with a language model, got SiglipVisionModel",
     ),
-    (Needs(text=True), "needs text, expected a model with a language model, got SigLIP alone"),
-    (Needs(text_attention=(1, "max")), "needs text, expected a model with a language model, got SigLIP alone"),
+    (Needs(text=True), "needs text, expected a model with a language model, got SiglipVisionModel alone"),
+    (
+        Needs(text_attention=(1, "max")),
+        "needs text, expected a model with a language model, got SiglipVisionModel alone",
+    ),
 ]
 WRONG = [
     (None, "expected Needs from `needs`, got NoneType"),
