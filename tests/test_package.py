@@ -62,7 +62,10 @@ def test_a_library_that_does_not_load_is_an_error(tmp_path):
 METHODS = [f"methods.{name}" for name in ("base", "hiprune", "fastervlm", "divprune", "baselines")]
 
 
-@pytest.mark.parametrize("name", ["budget", "ops.attention", "ops.selection", "ops.inputs", "ops.library", *METHODS])
+@pytest.mark.parametrize(
+    "name",
+    ["budget", "ops.attention", "ops.selection", "ops.segments", "ops.merge", "ops.inputs", "ops.library", *METHODS],
+)
 def test_docstring_examples(name):
     module = importlib.import_module(f"hiprune_kernels.{name}")
     names = {"torch": importlib.import_module("torch")}
