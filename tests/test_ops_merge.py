@@ -65,7 +65,7 @@ def draw_call(rng, most=24):
     sizes = [rng.choice([0, 1, rng.randint(1, most), rng.randint(1, most)]) for _ in range(rng.randint(0, 4))]
     counts = [rng.choice([0, 1, 3, 20]) for _ in sizes]
     features = torch.randn(sum(sizes), rng.choice([0, 1, 7, 16, 37])).to(rng.choice(DTYPES))
-    keys = torch.randint(-1, 2, (sum(sizes), rng.choice([1, 2, 3, 20]))).to(rng.choice(DTYPES))
+    keys = torch.randint(-1, 2, (sum(sizes), rng.choice([0, 1, 2, 3, 20]))).to(rng.choice(DTYPES))
     if rng.random() < 0.2 and keys.numel():
         keys[torch.rand(len(keys)) < 0.3, 0] = rng.choice([math.nan, math.inf])
     targets, first = [torch.zeros(0, dtype=torch.int64)], 0
