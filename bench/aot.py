@@ -32,11 +32,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-MODULES = ("hiprune_kernels.kernels.attention", "hiprune_kernels.kernels.selection")
+MODULES = ("hiprune_kernels.kernels.attention", "hiprune_kernels.kernels.selection", "bench.aot_merging")
 
 
 class Variant(NamedTuple):
-    """One compiled form of a kernel, as the `aot_variants()` of the kernels' modules list them."""
+    """One compiled form of a kernel, as the `aot_variants()` of `MODULES` list them."""
 
     name: str
     function: object  # triton.JITFunction

@@ -228,6 +228,7 @@ def exact_shares(weights, total, caps):
         ([1.0, 2.0], 5, [0, 9], [0, 5]),
         ([1.0, 2.0], 0, [9, 9], [0, 0]),
         ([7.0], 5, [9], [5]),
+        ([1.0, 2.0] * 20, 70, [9] * 40, [1, 3] * 10 + [1, 2] * 10),  # more parts than get sorted stably by chance
     ],
 )
 def test_shares_by_hand(weights, total, caps, expected):
@@ -275,6 +276,9 @@ def test_shares_of_weights_that_are_none(kind):
     assert reference.shares(weights, torch.tensor([9] * 6), [8], [6]).tolist() == expected
     assert hk.shares(weights * math.nan, [8], [9] * 6, tiles=[6]).tolist() == [2, 2, 1, 1, 1, 1]
     assert hk.shares(weights, [8], torch.tensor([9, -4, 9, 5, 9, 9]), tiles=[6]).tolist() == [1, 0, 1, 5, 1, 0]
+    caps = torch.full((6,), 2**62)  # their sum is no int64
+    assert hk.shares(weights, [8], caps, tiles=[6]).tolist() == expected
+    assert reference.shares(weights, caps, [8], [6]).tolist() == expected
     if kind == torch.float64:
         huge = torch.tensor([1e300, 1e-300, 1e-320, 1e279, 1e279], dtype=kind)
         result = hk.shares(huge, [2**20], [2**20] * 5, tiles=[5])

@@ -69,6 +69,26 @@ def test_several_launches():
     check(scores, budgets, sizes, tiles, totals, candidate_mask=torch.rand(sum(sizes)) < 0.5)
 
 
+@pytest.mark.parametrize("sizes", [[6] * 4, [6, 6, 6, 5], [5, 6, 6, 6]])
+def test_candidates_of_earlier_segments_are_counted(sizes):
+    """Budgets above them, so that they alone say where a segment's indices begin."""
+    counts = [1, 5, 0, 3]
+    mask = torch.cat([torch.arange(size) < count for size, count in zip(sizes, counts)])
+    result, _ = check(torch.rand(sum(sizes)), torch.full((4,), 99), sizes, [4], [12], mask)
+    assert int((result >= 0).sum()) == 9
+
+
+def test_a_segment_writes_its_own_indices_alone(monkeypatch):
+    """But the last one of an image, which fills the end: others could do it too late."""
+    launch = segments.launch
+    monkeypatch.setattr(segments, "launch", lambda kernel, grid, *rest: launch(kernel, (1,), *rest))
+    for sizes in ([3, 3], [3, 5]):
+        indices, _ = segments.select_top_segments(
+            torch.arange(8.0)[: sum(sizes)], torch.tensor([2, 2]), None, sizes, [2], [5]
+        )
+        assert indices.tolist() == [1, 2, *[torch.iinfo(torch.int64).max] * 3]
+
+
 def test_the_end_of_an_image_is_filled():
     """With more -1 than its last segment has tokens, too."""
     result, _ = check(torch.randn(102), torch.zeros(3, dtype=torch.int64), [50, 50, 2], [3], [102])
