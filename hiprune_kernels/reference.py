@@ -228,10 +228,16 @@ def attention_with_scores_varlen(
 # ----------------------------------------------------------------------------------------------------------- selection
 
 
+def _order(scores: Tensor, eligible: Tensor) -> Tensor:
+    """All tokens, highest score first; equal scores by index; NaN behind that, and behind all who is not eligible."""
+    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
+    behind = scores.isnan() + 2 * eligible.logical_not()
+    return order[behind[order].argsort(stable=True)]
+
+
 def _best_first(scores: Tensor, eligible: Tensor) -> Tensor:
     """Indices of the eligible tokens, highest score first; equal scores by index; NaN behind everything."""
-    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    order = order[scores.isnan()[order].to(torch.uint8).argsort(stable=True)]
+    order = _order(scores, eligible)
     return order[eligible[order]]
 
 
@@ -400,7 +406,10 @@ def prune_tokens_varlen(
 
 
 def shares(weights: Tensor, caps: Tensor, totals: Sequence[int], tiles: Sequence[int]) -> Tensor:
-    """`budget.shares` of every image, operation by operation: quotas left w / sum(w), then the largest fractions."""
+    """`budget.shares` of every image, operation by operation: quotas left w / sum(w), then the largest fractions.
+
+    The budgets of an image's tiles in HiRED (Arif et al., AAAI 2025) and PTP (Liang et al., arXiv 2509.15704).
+    """
     weights = weights.detach().double().where((weights > 0) & (weights < 1e280), 0.0)
     shared = [caps.new_empty(0, dtype=torch.int64)]
     for w, cap, total in zip(weights.split(list(tiles)), caps.long().clamp(min=0).split(list(tiles)), totals):
@@ -427,7 +436,10 @@ def select_top_segments(
     tiles: Sequence[int],
     totals: Sequence[int],
 ) -> tuple[Tensor, Tensor]:
-    """The k best of every segment, k = min(its budget, its candidates, what is left of its image's total)."""
+    """The k best of every segment, k = min(its budget, its candidates, what is left of its image's total).
+
+    The top-k of HiRED (Arif et al., AAAI 2025) and PTP (Liang et al., arXiv 2509.15704). Nothing here asks the device.
+    """
     eligible = torch.ones_like(scores, dtype=torch.bool) if candidate_mask is None else candidate_mask
     roles, indices = torch.zeros_like(scores, dtype=torch.uint8), [budgets.new_empty(0, dtype=torch.int64)]
     parts, end = iter(zip(sizes, budgets.long())), 0
@@ -437,18 +449,12 @@ def select_top_segments(
             part, end = slice(end, end + size), end + size
             most = torch.minimum(eligible[part].sum(), left)
             kept = torch.minimum(budget.clamp(min=0), most)
-            roles[part], left = _ranks(scores[part], eligible[part]) < kept, left - kept
+            ranks = _order(scores[part], eligible[part]).argsort()
+            roles[part], left = ranks < kept, left - kept
         found = torch.where(roles[first:end] > 0, torch.arange(first, end, device=scores.device), end)
         found = found.sort().values[:total]
         indices.append(torch.where(found < end, found, -1))
     return torch.cat(indices), roles
-
-
-def _ranks(scores: Tensor, eligible: Tensor) -> Tensor:
-    """The place of every token in `_best_first`'s order, those that are not eligible behind. Needs no host."""
-    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    behind = scores.isnan() + 2 * eligible.logical_not()
-    return order[behind[order].argsort(stable=True)].argsort()
 
 
 # --------------------------------------------------------------------------------------------------------- merging
