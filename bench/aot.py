@@ -17,7 +17,6 @@ import collections
 import concurrent.futures
 import datetime
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -27,32 +26,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+
+from bench.aot_cases import Variant, attention_variants, selection_variants
+from bench.aot_merging import merging_variants
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-MODULES = ("hiprune_kernels.kernels.attention", "hiprune_kernels.kernels.selection", "bench.aot_merging")
-
-
-class Variant(NamedTuple):
-    """One compiled form of a kernel, as the `aot_variants()` of `MODULES` list them."""
-
-    name: str
-    function: object  # triton.JITFunction
-    signature: dict  # argument: "*bf16", "i32", "i32:16" (a multiple of 16), "fp32", or a tuple of such
-    constexprs: dict  # argument: value
-    num_warps: int
-    num_stages: int
 
 
 def variants() -> dict[str, Variant]:
     """Every variant by its name."""
-    found = [Variant(*entry) for module in MODULES for entry in importlib.import_module(module).aot_variants()]
+    found = [*attention_variants(), *selection_variants(), *merging_variants()]
     by_name = {variant.name: variant for variant in found}
     if len(by_name) != len(found):
         repeated = [name for name, n in collections.Counter(variant.name for variant in found).items() if n > 1]
-        raise ValueError(f"aot_variants: expected distinct names, got {repeated} more than once")
+        raise ValueError(f"variants: expected distinct names, got {repeated} more than once")
     return by_name
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from bench.aot_cases import Variant
 from hiprune_kernels.kernels import merge, next_power_of_2, segments
+from hiprune_kernels.kernels.selection import warps_for
 
 
-def aot_variants() -> list[tuple]:
-    """Name, function, signature, constexprs, warps, stages."""
+def merging_variants() -> list[Variant]:
+    """Those of kernels/segments.py and kernels/merge.py."""
     return [*_segments(), *_shares(), *_merging()]
 
 
-def _segments() -> list[tuple]:
+def _segments() -> list[Variant]:
     kernel = segments.segment_kernel
     signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= {"scores_ptr": "*fp32", "budgets_ptr": "*i64", "mask_ptr": "*u8", "indices_ptr": "*i64"}
@@ -20,7 +22,7 @@ def _segments() -> list[tuple]:
     def variant(name, tokens, missing=("mask_ptr",), **types):
         constants = segments.segment_constants(tokens) | {"stride_s": 1, "stride_b": 1, "stride_m": 1}
         constants |= dict.fromkeys(missing)
-        return f"segment_kernel/{name}", kernel, signature | types, constants, segments.warps_for(tokens), 3
+        return Variant(f"segment_kernel/{name}", kernel, signature | types, constants, warps_for(tokens), 3)
 
     return [
         variant("clip_l", 576),
@@ -35,7 +37,7 @@ def _segments() -> list[tuple]:
     ]
 
 
-def _shares() -> list[tuple]:
+def _shares() -> list[Variant]:
     kernel = segments.shares_kernel
     signature = dict.fromkeys(kernel.arg_names, "i32")
     signature |= {"weights_ptr": "*fp32", "caps_ptr": "*i64", "shares_ptr": "*i64", "images": ("fp32",) * 2}
@@ -43,7 +45,7 @@ def _shares() -> list[tuple]:
 
     def variant(name, tiles, **types):
         constants = {"BLOCK": next_power_of_2(tiles), "stride_w": 1, "stride_c": 1}
-        return f"shares_kernel/{name}", kernel, signature | types, constants, 1, 3
+        return Variant(f"shares_kernel/{name}", kernel, signature | types, constants, 1, 3)
 
     return [
         variant("5_tiles", 5),
@@ -53,7 +55,7 @@ def _shares() -> list[tuple]:
     ]
 
 
-def _merging() -> list[tuple]:
+def _merging() -> list[Variant]:
     several = {"images": ("fp32",) * (2 * merge.IMAGES)}
 
     def assign(name, kind, packed=False, **types):
@@ -62,7 +64,7 @@ def _merging() -> list[tuple]:
         signature |= {"keys_ptr": f"*{kind}", "targets_ptr": "*i64", "sources_ptr": "*u8", "assigned_ptr": "*i64"}
         signature |= {"images": ("fp32",) * 2} | dict.fromkeys(("depth", "stride_kt"), "i32:16") | types
         constants = {"PACKED": packed, **merge.ASSIGN, "stride_kd": 1, "stride_tt": 1, "stride_st": 1}
-        return f"assign_kernel/{name}", kernel, signature, constants, merge.WARPS, 2
+        return Variant(f"assign_kernel/{name}", kernel, signature, constants, merge.WARPS, 2)
 
     def merging(name, kind, packed=False, rows_only=True, **types):
         kernel = merge.merge_kernel
@@ -71,7 +73,7 @@ def _merging() -> list[tuple]:
         signature |= {"merged_ptr": f"*{kind}", "images": ("fp32",) * 2}
         signature |= dict.fromkeys(("channels", "stride_ft"), "i32:16") | types
         constants = {"PACKED": packed, "ROWS_ONLY": rows_only, **merge.MERGE, "stride_tt": 1, "stride_fc": 1}
-        return f"merge_kernel/{name}", kernel, signature, constants, merge.WARPS, 2
+        return Variant(f"merge_kernel/{name}", kernel, signature, constants, merge.WARPS, 2)
 
     return [
         assign("bf16", "bf16"),

@@ -227,15 +227,15 @@ void sum_slots(const Problem& problem, const Unit* first, const Unit* last, int6
     }
 }
 
-struct Plan {
+struct Schedule {
   std::vector<Unit> units;
   std::vector<size_t> groups{0};       // the first unit of every group, and the number of units
   std::vector<int64_t> offsets;        // of every unit's three buffers within the memory of its group, in floats
   int64_t group_floats, strip_floats;  // of the largest group, and of the buffers of one thread
 };
 
-Plan make_plan(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
-  Plan plan{};
+Schedule make_schedule(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
+  Schedule schedule{};
   int64_t used = 0;
   for (const Segment& segment : segments) {
     if (segment.queries == 0) continue;
@@ -244,10 +244,11 @@ Plan make_plan(const Problem& problem, const Kernels& kernels, const std::vector
         segment.output ? round_up(problem.depth, kLine) * ceil_div(segment.visible, kernels.packing) : 0;
     const int64_t slots_floats = problem.want_scores ? problem.group() * segment.chunks() * segment.slot_floats() : 0;
     const int64_t floats = key_floats + value_floats + slots_floats;
-    plan.strip_floats = std::max(plan.strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
+    schedule.strip_floats =
+        std::max(schedule.strip_floats, Strip(segment.visible, problem.depth, kernels.packing).floats());
     for (int64_t head = 0; head < problem.key_heads; ++head) {
       if (used > 0 && used + floats > kGroupFloats) {
-        plan.groups.push_back(plan.units.size());
+        schedule.groups.push_back(schedule.units.size());
         used = 0;
       }
       const auto shift = [&](const char* p, int64_t elements) { return p ? p + elements * problem.element_size : p; };
@@ -258,14 +259,14 @@ Plan make_plan(const Problem& problem, const Kernels& kernels, const std::vector
       unit.key = shift(segment.key, head * problem.key_head);
       unit.value = shift(segment.value, head * problem.value_head);
       unit.output = const_cast<char*>(shift(segment.output, unit.head * problem.output_head));
-      plan.units.push_back(unit);
-      plan.offsets.insert(plan.offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
+      schedule.units.push_back(unit);
+      schedule.offsets.insert(schedule.offsets.end(), {used, used + key_floats, used + key_floats + value_floats});
       used += floats;
-      plan.group_floats = std::max(plan.group_floats, used);
+      schedule.group_floats = std::max(schedule.group_floats, used);
     }
   }
-  plan.groups.push_back(plan.units.size());
-  return plan;
+  schedule.groups.push_back(schedule.units.size());
+  return schedule;
 }
 
 enum class Step { kPack, kAttend, kSum };
@@ -319,19 +320,21 @@ void execute(const Problem& problem, const Kernels& kernels, const Task& task, f
 }
 
 void run(const Problem& problem, const Kernels& kernels, const std::vector<Segment>& segments) {
-  Plan plan = make_plan(problem, kernels, segments);
+  Schedule schedule = make_schedule(problem, kernels, segments);
   const int64_t threads = torch::stable::get_num_threads();
-  const Tensor scratch = torch::stable::empty({plan.group_floats + threads * plan.strip_floats}, ScalarType::Float);
+  const Tensor scratch =
+      torch::stable::empty({schedule.group_floats + threads * schedule.strip_floats}, ScalarType::Float);
   float* const memory = static_cast<float*>(scratch.data_ptr());
-  float* const strips = memory + plan.group_floats;
-  for (size_t i = 0; i < plan.units.size(); ++i) {
-    plan.units[i].packed_key = memory + plan.offsets[3 * i];
-    plan.units[i].packed_value = memory + plan.offsets[3 * i + 1];
-    plan.units[i].slots = memory + plan.offsets[3 * i + 2];
+  float* const strips = memory + schedule.group_floats;
+  for (size_t i = 0; i < schedule.units.size(); ++i) {
+    schedule.units[i].packed_key = memory + schedule.offsets[3 * i];
+    schedule.units[i].packed_value = memory + schedule.offsets[3 * i + 1];
+    schedule.units[i].slots = memory + schedule.offsets[3 * i + 2];
   }
   std::vector<Task> tasks;
-  for (size_t g = 0; g + 1 < plan.groups.size(); ++g)
-    add_tasks(problem, kernels, plan.units.data() + plan.groups[g], plan.units.data() + plan.groups[g + 1], tasks);
+  for (size_t g = 0; g + 1 < schedule.groups.size(); ++g)
+    add_tasks(problem, kernels, schedule.units.data() + schedule.groups[g],
+              schedule.units.data() + schedule.groups[g + 1], tasks);
 
   // All steps share one parallel region: a fork and a barrier for each would cost more than the waiting below, and many
   // times more where other processes compete for the cores. A thread takes the next task and waits until those before
@@ -342,7 +345,7 @@ void run(const Problem& problem, const Kernels& kernels, const std::vector<Segme
     for (int64_t thread = begin; thread < end; ++thread)
       for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < count;) {
         while (finished.load(std::memory_order_acquire) < tasks[t].after) std::this_thread::yield();
-        execute(problem, kernels, tasks[t], strips + thread * plan.strip_floats);
+        execute(problem, kernels, tasks[t], strips + thread * schedule.strip_floats);
         finished.fetch_add(1, std::memory_order_release);
       }
   });

@@ -45,14 +45,14 @@ struct Image {
   int64_t count() const { return frames * height * width; }
 };
 
-// hiprune_kernels.budget.SelectionPlan, from its flat form.
-struct Plan {
+// budget.SelectionPlan, decoded from its flat form.
+struct SelectionPlan {
   int64_t num_prefix_tokens, rule, neighbors;
   bool buffers, registers;
   std::vector<Image> images;
   int64_t tokens = 0, rows = 0;  // of all images
 
-  explicit Plan(const std::vector<int64_t>& flat) {
+  explicit SelectionPlan(const std::vector<int64_t>& flat) {
     STD_TORCH_CHECK(flat.size() >= 5 && flat.size() % 5 == 0, "plan: expected 5 numbers and 5 for each image, got ",
                     flat.size());
     STD_TORCH_CHECK(flat[0] >= 0 && flat[1] >= kPaper && flat[1] <= kGrid && flat[2] >= 0 && flat[2] < 4,
@@ -78,7 +78,7 @@ struct Plan {
 // ------------------------------------------------------------------------------------------------------ one image
 
 // Makes the neighbours of token i, within its frame, buffers where they are free. Returns how many.
-HP_INLINE int64_t surround(const Image& image, const Plan& plan, int64_t i, Row<bool> mask, uint8_t* roles) {
+HP_INLINE int64_t surround(const Image& image, const SelectionPlan& plan, int64_t i, Row<bool> mask, uint8_t* roles) {
   const int64_t frame = image.height * image.width, first = i - i % frame, last = first + frame - 1;
   const int64_t row = (i - first) / image.width, column = (i - first) % image.width;
   int64_t taken = 0;
@@ -111,7 +111,7 @@ struct Task {
 
 // Algorithm 1.
 template <class Score>
-HP_INLINE void select_image(const Plan& plan, const Task<Score>& task) {
+HP_INLINE void select_image(const SelectionPlan& plan, const Task<Score>& task) {
   const Image& image = task.image;
   const int64_t n = image.count();
   std::memset(task.roles, kDropped, n);
@@ -133,16 +133,16 @@ HP_INLINE void select_image(const Plan& plan, const Task<Score>& task) {
 }
 
 template <class Score>
-void select_base(const Plan& plan, const Task<Score>& task) {
+void select_base(const SelectionPlan& plan, const Task<Score>& task) {
   select_image(plan, task);
 }
 #if defined(__x86_64__)
 template <class Score>
-__attribute__((target("avx2"))) void select_avx2(const Plan& plan, const Task<Score>& task) {
+__attribute__((target("avx2"))) void select_avx2(const SelectionPlan& plan, const Task<Score>& task) {
   select_image(plan, task);
 }
 template <class Score>
-__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void select_avx512(const Plan& plan,
+__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void select_avx512(const SelectionPlan& plan,
                                                                                  const Task<Score>& task) {
   select_image(plan, task);
 }
@@ -164,7 +164,7 @@ auto kernel_for(int64_t most) {
 // Where the images of a batch, which share one entry of the plan, or of a packed sequence lie.
 class Layout {
  public:
-  Layout(const Tensor& scores, const Plan& plan)
+  Layout(const Tensor& scores, const SelectionPlan& plan)
       : plan_(plan), dense_(scores.dim() == 2), images_(dense_ ? scores.size(0) : int64_t(plan.images.size())) {
     STD_TORCH_CHECK(!dense_ || plan.images.size() == 1, "plan: expected one image for a batch, got ",
                     plan.images.size());
@@ -201,14 +201,15 @@ class Layout {
   }
 
  private:
-  const Plan& plan_;
+  const SelectionPlan& plan_;
   bool dense_;
   int64_t images_;
 };
 
 template <class Score>
-void select_images(const Layout& layout, const Plan& plan, const Tensor& object_scores, const Tensor& deep_scores,
-                   const std::optional<Tensor>& candidate_mask, int64_t isa, Tensor& indices, Tensor& roles) {
+void select_images(const Layout& layout, const SelectionPlan& plan, const Tensor& object_scores,
+                   const Tensor& deep_scores, const std::optional<Tensor>& candidate_mask, int64_t isa, Tensor& indices,
+                   Tensor& roles) {
   const auto select_one = kernel_for<Score>(isa);
   int64_t most = 0;
   for (const Image& image : plan.images) most = std::max(most, image.count());
@@ -224,7 +225,7 @@ void select_images(const Layout& layout, const Plan& plan, const Tensor& object_
   });
 }
 
-Tensor gather_rows(const Layout& layout, const Plan& plan, const Tensor& features, const Tensor& indices) {
+Tensor gather_rows(const Layout& layout, const SelectionPlan& plan, const Tensor& features, const Tensor& indices) {
   const int64_t channels = features.size(features.dim() - 1);
   const bool contiguous = features.stride(features.dim() - 1) == 1 || channels <= 1;
   const Tensor source = contiguous ? features : torch::stable::contiguous(features);
@@ -254,7 +255,7 @@ Tensor gather_rows(const Layout& layout, const Plan& plan, const Tensor& feature
   return kept;
 }
 
-std::tuple<Tensor, Tensor> select_in(const Layout& layout, const Plan& plan, const Tensor& object_scores,
+std::tuple<Tensor, Tensor> select_in(const Layout& layout, const SelectionPlan& plan, const Tensor& object_scores,
                                      const Tensor& deep_scores, const std::optional<Tensor>& candidate_mask,
                                      int64_t isa = kAvx512) {
   Tensor indices = layout.allocate(plan.rows, aoti_torch_dtype_int64());
@@ -274,7 +275,7 @@ std::tuple<Tensor, Tensor> select_in(const Layout& layout, const Plan& plan, con
 // hiprune::select_tokens: indices [B, budget] or [sum of budgets], roles [B, N] or [T].
 std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_scores, std::optional<Tensor> candidate_mask,
                                          std::vector<int64_t> flat_plan) {
-  const Plan plan(flat_plan);
+  const SelectionPlan plan(flat_plan);
   return select_in(Layout(object_scores, plan), plan, object_scores, deep_scores, candidate_mask);
 }
 
@@ -282,14 +283,14 @@ std::tuple<Tensor, Tensor> select_tokens(Tensor object_scores, Tensor deep_score
 std::tuple<Tensor, Tensor> select_tokens_with(Tensor object_scores, Tensor deep_scores,
                                               std::optional<Tensor> candidate_mask, std::vector<int64_t> flat_plan,
                                               int64_t isa) {
-  const Plan plan(flat_plan);
+  const SelectionPlan plan(flat_plan);
   return select_in(Layout(object_scores, plan), plan, object_scores, deep_scores, candidate_mask, isa);
 }
 
 // hiprune::prune_tokens: kept rows [B, budget, C] or [sum of budgets, C], then as select_tokens.
 std::tuple<Tensor, Tensor, Tensor> prune_tokens(Tensor features, Tensor object_scores, Tensor deep_scores,
                                                 std::optional<Tensor> candidate_mask, std::vector<int64_t> flat_plan) {
-  const Plan plan(flat_plan);
+  const SelectionPlan plan(flat_plan);
   const Layout layout(object_scores, plan);
   auto [indices, roles] = select_in(layout, plan, object_scores, deep_scores, candidate_mask);
   return {gather_rows(layout, plan, features, indices), indices, roles};

@@ -7,16 +7,20 @@ of Hugging Face models. Importing this loads neither transformers nor PIL, and t
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import budget as budget
 from . import methods as methods
 from .methods import (
     PTP,
+    TRIM,
+    CDPruner,
+    ClipText,
     DivPrune,
     FasterVLM,
     FastV,
     HiPrune,
+    HiPrunePlusPlus,
     HiRED,
     Method,
     Needs,
@@ -26,6 +30,8 @@ from .methods import (
     Selection,
     TokenLayout,
     UniformGrid,
+    VisionZip,
+    VisPruner,
 )
 from .ops import (
     attention_scores,
@@ -75,10 +81,14 @@ _FROM_PATCH = (
 
 __all__ = [
     "PTP",
+    "TRIM",
+    "CDPruner",
+    "ClipText",
     "DivPrune",
     "FastV",
     "FasterVLM",
     "HiPrune",
+    "HiPrunePlusPlus",
     "HiRED",
     "Method",
     "Needs",
@@ -88,6 +98,8 @@ __all__ = [
     "Selection",
     "TokenLayout",
     "UniformGrid",
+    "VisPruner",
+    "VisionZip",
     "applied",
     "apply_hiprune",
     "apply_method",
@@ -116,7 +128,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # Patching imports transformers, which takes seconds: only those who use it wait for it.
     if name in _FROM_PATCH:
         return getattr(importlib.import_module(".patch", __name__), name)

@@ -42,10 +42,10 @@ def resolve_budget(num_tokens: int, *, budget: int | None = None, retention: flo
     if budget is not None:
         check_int("budget", budget)
         return min(budget, num_tokens)
-    _check_float("retention", retention)
-    if not 0.0 < retention <= 1.0:
+    share = _check_float("retention", retention)
+    if not 0.0 < share <= 1.0:
         raise ValueError(f"retention: expected a share in (0, 1], got {retention}")
-    return max(1, round(num_tokens * retention))
+    return max(1, round(num_tokens * share))
 
 
 def tile_budgets(sizes: Sequence[int], *, budget: int | None = None, retention: float | None = None) -> list[int]:
@@ -211,9 +211,10 @@ def check_int(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name}: expected {f'at least {least}' if value < least else 'less than 2**63'}, got {value}")
 
 
-def _check_float(name: str, value: float) -> None:
+def _check_float(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+    return value
 
 
 def check_share(name: str, value: float) -> None:

@@ -57,14 +57,14 @@ def supported_models() -> dict[str, list[dict[str, Any]]]:
                 "notes": family.kind.notes,
             }
         )
-    for model_type, family in ENCODERS.items():
+    for model_type, encoder in ENCODERS.items():
         encoders.append(
             {
-                "name": family.kind.name,
+                "name": encoder.kind.name,
                 "model_type": model_type,
-                "prefix_tokens": family.kind.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
-                "object_share": family.kind.object_share,
-                "notes": family.kind.notes,
+                "prefix_tokens": encoder.kind.num_prefix_tokens(CONFIG_MAPPING[model_type]()),
+                "object_share": encoder.kind.object_share,
+                "notes": encoder.kind.notes,
             }
         )
     return {"models": models, "encoders": encoders}

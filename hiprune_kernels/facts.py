@@ -15,6 +15,7 @@ class EncoderKind(NamedTuple):
     prefix_tokens: int = 0  # leading rows (CLS, registers), which are never candidates ...
     further_prefix: str = ""  # ... and the attribute of the config that says how many more there are
     object_share: float = 9 / 24  # default object layer as a share of the depth: layer 9 of CLIP-L's 24
+    merges_rows: bool = False  # several rows make one token (merge groups, pixel shuffle)
     official_rule: str = "official"  # the selection rule of HiPrune's released code for this kind of encoder ...
     official_means: bool = True  # ... and whether that is handed means over queries instead of sums
     notes: str = ""  # what `hiprune info --models` says of limits
@@ -39,10 +40,11 @@ class EncoderFacts(NamedTuple):
     tiled: bool = False  # the model cuts an image into a thumbnail and tiles, and encodes each by itself
     decoder_layers: int = 0  # layers of the language model; 0: there is none
     attention_layers: tuple[int, ...] = ()  # those of them, 1-based, with softmax attention
+    class_name: str = ""  # of the encoder, for messages
 
     @property
     def name(self) -> str:
-        return self.kind.name
+        return self.class_name or self.kind.name
 
     @property
     def has_cls(self) -> bool:
@@ -70,7 +72,9 @@ class ModelKind(NamedTuple):
 
 
 _CLIP = EncoderKind("CLIP", prefix_tokens=1)
-_QWEN = EncoderKind("Qwen2-VL", object_share=16 / 32, official_rule="official_qwen", official_means=False)
+_QWEN = EncoderKind(
+    "Qwen2-VL", object_share=16 / 32, merges_rows=True, official_rule="official_qwen", official_means=False
+)
 
 ENCODERS = {  # config.model_type of the vision encoder -> what is known
     "clip_vision_model": _CLIP,
@@ -86,7 +90,9 @@ ENCODERS = {  # config.model_type of the vision encoder -> what is known
         "DINOv2 with registers", prefix_tokens=1, further_prefix="num_register_tokens"
     ),
     "vjepa2": EncoderKind("V-JEPA 2"),
-    "internvl_vision": EncoderKind("InternVL", prefix_tokens=1, notes="pruned as a part of InternVL, not by itself"),
+    "internvl_vision": EncoderKind(
+        "InternVL", prefix_tokens=1, merges_rows=True, notes="pruned as a part of InternVL, not by itself"
+    ),
     "qwen2_vl_vision": _QWEN,
     "qwen2_5_vl_vision": _QWEN._replace(name="Qwen2.5-VL"),
     "qwen3_vl_vision": _QWEN._replace(name="Qwen3-VL"),

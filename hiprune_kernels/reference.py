@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -111,8 +112,8 @@ def attention_scores(
 ) -> Tensor:
     """Eq. 2: a[b, n] = sum over queries m of the mean over heads h of A[b, h, m, n]. Heads are reduced first."""
     probabilities = attention_probabilities(query, key, scale=scale, causal=causal, key_mask=key_mask)
-    over_heads = {"mean": Tensor.mean, "sum": Tensor.sum, "max": Tensor.amax}[head_reduction]
-    rows = over_heads(probabilities, dim=1, keepdim=True)  # [B, 1, M, N]
+    over_heads: dict[str, Callable[..., Tensor]] = {"mean": Tensor.mean, "sum": Tensor.sum, "max": Tensor.amax}
+    rows = over_heads[head_reduction](probabilities, dim=1, keepdim=True)  # [B, 1, M, N]
     return _reduce_queries(rows, query_reduction, query, key, causal, key_mask, query_mask)[:, 0]
 
 
@@ -147,7 +148,14 @@ def segments(cu_seqlens: Tensor, total: int, name: str) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
+def _each_segment(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    key_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, dict[str, Any]]]:
     """Per segment: its query and key slices and the dense arguments [1, H, M, D], [1, H, N, D], key and query masks."""
     cu_seqlens_k = cu_seqlens_q if cu_seqlens_k is None else cu_seqlens_k
     parts_q = segments(cu_seqlens_q, query.shape[0], "cu_seqlens_q")
@@ -174,7 +182,7 @@ def attention_scores_per_head_varlen(
 ) -> Tensor:
     """`attention_scores_per_head` of every segment by itself, side by side: [Hq, Tk]."""
     scores = query.new_zeros(query.shape[1], key.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
-    options = {"scale": scale, "causal": causal, "query_reduction": query_reduction}
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "query_reduction": query_reduction}
     for _, k, q_s, k_s, masks in _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
         scores[:, k] = attention_scores_per_head(q_s, k_s, **options, **masks)[0]
     return scores
@@ -196,7 +204,8 @@ def attention_scores_varlen(
 ) -> Tensor:
     """`attention_scores` of every segment by itself, side by side: [Tk]."""
     scores = query.new_zeros(key.shape[0], dtype=torch.promote_types(query.dtype, torch.float32))
-    options = {"scale": scale, "causal": causal, "query_reduction": query_reduction, "head_reduction": head_reduction}
+    options: dict[str, Any] = {"scale": scale, "causal": causal, "query_reduction": query_reduction}
+    options["head_reduction"] = head_reduction
     for _, k, q_s, k_s, masks in _each_segment(query, key, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask):
         scores[k] = attention_scores(q_s, k_s, **options, **masks)[0]
     return scores
@@ -303,11 +312,12 @@ def select_planned(
     batch, roles = objects.dim() == 2, torch.zeros_like(objects, dtype=torch.uint8)
     indices, start = [roles.new_empty(0, dtype=torch.int64)], 0
     for b, image in enumerate(plan.images * len(objects) if batch else plan.images):
-        where = b if batch else slice(start, start + image.frames * image.height * image.width)
+        end = start + image.frames * image.height * image.width
+        where = b if batch else slice(start, end)
         roles[where] = _roles_of_image(objects[where], deeps[where], eligible[where], image, plan)
         kept = _padded_indices(roles[where], image.budget)
         indices.append(kept if batch else torch.where(kept < 0, kept, kept + start))
-        start = 0 if batch else where.stop
+        start = 0 if batch else end
     packed = torch.cat(indices)
     return packed.view(len(objects), plan.images[0].budget) if batch else packed, roles
 
@@ -326,7 +336,7 @@ def gather_rows(features: Tensor, indices: Tensor) -> Tensor:
     return rows.masked_fill(indices[..., None] < 0, 0.0)
 
 
-def _plan(grids: Sequence[Sequence[int]], *options) -> SelectionPlan:
+def _plan(grids: Sequence[Sequence[int]], *options: Any) -> SelectionPlan:
     return SelectionPlan.from_flat(plan_selection(grids, *options))
 
 

@@ -59,14 +59,21 @@ def test_a_library_that_does_not_load_is_an_error(tmp_path):
     assert run(code) == "undefined symbol"
 
 
-METHODS = [f"methods.{name}" for name in ("base", "hiprune", "fastervlm", "divprune", "baselines")]
+METHODS = [
+    f"methods.{name}" for name in ("base", "hiprune", "fastervlm", "divprune", "baselines", "ptp", "hired", "fastv")
+]
 
 
 @pytest.mark.parametrize(
     "name",
-    ["budget", "ops.attention", "ops.selection", "ops.segments", "ops.merge", "ops.inputs", "ops.library", *METHODS],
+    [
+        *("budget", "ops.attention", "ops.selection", "ops.segments", "ops.merge", "ops.inputs", "ops.library"),
+        *("kernels.table", *METHODS),
+    ],
 )
 def test_docstring_examples(name):
+    if name.startswith("kernels."):
+        pytest.importorskip("triton", reason="Triton is not installed")
     module = importlib.import_module(f"hiprune_kernels.{name}")
     names = {"torch": importlib.import_module("torch")}
     results = doctest.testmod(module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE)

@@ -199,7 +199,7 @@ def test_default_object_layers():
         ("qwen3_vl_vision", 27, 14),
         ("glm4v_vision", 24, 12),
     ]:
-        assert ENCODERS[name].default_object_layer(depth, depth) == layer
+        assert ENCODERS[name].kind.object_layer(depth, depth) == layer
 
 
 def test_windows_that_the_caller_computed():

@@ -1,4 +1,4 @@
-"""Sections "paths" and "tune": what `hiprune_kernels/kernels/attention.py` chooses from, timed launch by launch.
+"""Sections "paths" and "tune": what `hiprune_kernels/kernels/table.py` chooses from, timed launch by launch.
 
 "paths" takes every path with the table's blocks; "tune" (asked for by --tune) takes every kernel with other blocks too.
 Together they say what the table should be.
@@ -9,20 +9,21 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from hiprune_kernels.kernels import attention as kernels
+from hiprune_kernels.kernels.attention import compute, launch_kernel
+from hiprune_kernels.kernels.paths import LENDERS, PATHS, Blocks, Launch, LaunchPlan, Problem
+from hiprune_kernels.kernels.table import choose
 
 from . import attention, ways
 from .attention import SCORE_TOLERANCE, SHAPES, exact, inputs, relative_error
 from .context import Case, Context, Row, UnavailableError
 
-PATHS = ("strip", "sweeps", "passes", *kernels.BORROWED)
+MOST_KEYS = {"strip": 256}  # of paths that have a limit
 PATH_SHAPES = (
     "CLIP-L B=1",
     "CLIP-L B=8",
@@ -59,36 +60,29 @@ STRIP_BLOCKS = tuple((rows, warps) for rows in (16, 32, 64, 128) for warps in (2
 OUTPUT_TOLERANCE = 0.02  # of 16-bit outputs, over the largest
 
 
-class Launch(NamedTuple):
+class Recorded(NamedTuple):
     """One kernel launch of a call, to be repeated."""
 
     name: str
-    blocks: Any
+    blocks: Blocks
     again: Callable[[], object]
 
 
-def recorded(call: Callable[[Callable], object]) -> tuple[object, list[Launch]]:
+def recorded(call: Callable[[Launch], Any]) -> tuple[Any, list[Recorded]]:
     """What `call(launch)` returns, and the launches it made."""
     launches = []
 
     def launch(kernel: Any, *rest: Any) -> None:
         def again() -> None:
-            kernels._launch(kernel, *rest)
+            launch_kernel(kernel, *rest)
 
         again()
-        launches.append(Launch(kernel.__name__, rest[-1], again))
+        launches.append(Recorded(kernel.__name__, rest[-1], again))
 
     return call(launch), launches
 
 
-@contextlib.contextmanager
-def forced(plan: Any) -> Iterator[None]:
-    """The table answers `plan`, whatever it is asked."""
-    with mock.patch.object(kernels, "plan", lambda *args, **kwargs: plan):
-        yield
-
-
-class _Problem:
+class _Trials:
     """One shape, and calls of our kernels on it."""
 
     def __init__(self, context: Context, name: str) -> None:
@@ -97,24 +91,24 @@ class _Problem:
         self.tensors = inputs(context, shape, torch.Generator(context.device).manual_seed(0))
         major, minor = (9, 0) if context.device.type == "cpu" else torch.cuda.get_device_capability(context.device)
         self.architecture = 10 * major + minor
+        self.problem = Problem.of(*self.tensors, None, None, None, None)
         self.truth = exact(*(x[:1] for x in self.tensors))
         self.calls: dict[str, list[Callable[[], object]]] = {}
         self.rows: dict[str, Row] = {}
 
-    def plan(self, path: str | None = None) -> Any:
-        _, heads, tokens, head_dim, _ = self.shape
-        dtype = self.tensors[0].dtype
-        return kernels.plan(tokens, tokens, heads, head_dim, dtype, self.architecture, borrow=True, path=path)
+    def plan(self, path: str | None = None) -> LaunchPlan:
+        return choose(self.problem, self.architecture, path)
 
-    def run(self, plan: Any, launch: Callable | None = None, output: bool = True) -> tuple[Tensor | None, Tensor]:
-        query, key, value = self.tensors
-        options = {} if launch is None else {"launch": launch}
-        tensors = (query, key, value if output else None, None, None, None, None)
-        with forced(plan):
-            factor = 1 / query.shape[1]
-            return kernels.attention(*tensors, None, False, False, factor, architecture=self.architecture, **options)
+    def fits(self, path: str) -> bool:
+        return MOST_KEYS.get(path, self.shape.N) >= self.shape.N
 
-    def add(self, name: str, plan: Any, wanted: str | None = None, output: bool = True) -> list[Launch]:
+    def run(
+        self, plan: LaunchPlan, launch: Launch = launch_kernel, output: bool = True
+    ) -> tuple[Tensor | None, Tensor]:
+        problem = self.problem if output else self.problem._replace(value=None)
+        return compute(problem, plan, False, 1 / problem.heads, launch)
+
+    def add(self, name: str, plan: LaunchPlan, wanted: str | None = None, output: bool = True) -> list[Recorded]:
         """Check a plan; time it as a whole, or of its launches the kernel called `wanted`. Gives the launches."""
         row = self.rows[name] = {"way": name}
         try:
@@ -129,7 +123,7 @@ class _Problem:
             row["failure"] = f"wrong: errors {', '.join(f'{error:.1e}' for error in errors)}"
             return []
         chosen = [launch.again for launch in launches if launch.name == wanted]
-        self.calls[name] = chosen if wanted else [lambda: self.run(plan, None, output)]
+        self.calls[name] = chosen if wanted else [lambda: self.run(plan, output=output)]
         return launches
 
     def timed(self) -> list[Row]:
@@ -143,14 +137,14 @@ class _Problem:
                 row["no graph"] = times.note
         return list(self.rows.values())
 
-    def compile_all(self, plans: list[tuple[Any, bool]]) -> None:
+    def compile_all(self, plans: list[tuple[LaunchPlan, bool]]) -> None:
         """Compile the plans' kernels in threads: one after the other they would take most of the time there is."""
         jobs = []
         for plan, output in plans:
             with contextlib.suppress(Exception):  # `add` meets and reports it again
                 self.run(plan, lambda *launch: jobs.append(launch), output)
 
-        def warm(kernel: Any, programs: int, arguments: dict, constants: dict, blocks: Any) -> None:
+        def warm(kernel: Any, programs: int, arguments: dict, constants: dict, blocks: Blocks) -> None:
             with contextlib.suppress(Exception):
                 options = {"num_warps": blocks.warps, "num_stages": blocks.stages}
                 kernel.warmup(**arguments, **constants, **options, grid=(programs,))
@@ -160,45 +154,45 @@ class _Problem:
                 list(pool.map(lambda job: warm(*job), jobs))
 
 
-def _blocks_text(blocks: Any) -> str:
+def _blocks_text(blocks: Blocks) -> str:
     return f"{blocks.block_m}x{blocks.block_n} w{blocks.warps} s{blocks.stages}"
 
 
 def _paths(context: Context, name: str) -> list[Row]:
-    problem = _Problem(context, name)
-    tokens = problem.shape.N
-    plans = [(f"table: {problem.plan().path}", problem.plan(), True)]
-    plans += [(path, problem.plan(path), True) for path in PATHS if path != "strip" or tokens <= 256]
-    plans += [(f"scores only, {path}", problem.plan(path), False) for path in ("sweeps", "passes")]
-    problem.compile_all([(plan, output) for _, plan, output in plans])
+    trials = _Trials(context, name)
+    paths = [path for path in PATHS if trials.fits(path)]
+    plans = [(f"table: {trials.plan().path}", trials.plan(), True)]
+    plans += [(path, trials.plan(path), True) for path in paths]
+    plans += [(f"scores only, {path}", trials.plan(path), False) for path in paths if path not in LENDERS]
+    trials.compile_all([(plan, output) for _, plan, output in plans])
     for title, plan, output in plans:
-        launches = problem.add(title, plan, output=output)
+        launches = trials.add(title, plan, output=output)
         for i, launch in enumerate(launches):
             part = f"{title}, launch {i + 1}: {launch.name} {_blocks_text(launch.blocks)}"
-            problem.rows[part] = {"way": part}
-            problem.calls[part] = [launch.again]
-    _add_peer(problem)
-    return problem.timed()
+            trials.rows[part] = {"way": part}
+            trials.calls[part] = [launch.again]
+    _add_peer(trials)
+    return trials.timed()
 
 
-def _add_peer(problem: _Problem) -> None:
+def _add_peer(trials: _Trials) -> None:
     """FlagAttention's scores pass, with the log-sum-exp given, as our scores_kernel has it."""
-    query, key, _ = problem.tensors
-    row = problem.rows["FlagAttention, scores pass"] = {"way": "FlagAttention, scores pass"}
+    query, key, _ = trials.tensors
+    row = trials.rows["FlagAttention, scores pass"] = {"way": "FlagAttention, scores pass"}
     try:
-        total = ways.flag_total_attention(problem.shape.D)
-        _, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*problem.tensors)
-        row["score error"] = relative_error(total(query, key, lse).mean(dim=1)[:1], problem.truth[1])
+        total = ways.flag_total_attention(trials.shape.D)
+        _, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(*trials.tensors)
+        row["score error"] = relative_error(total(query, key, lse).mean(dim=1)[:1], trials.truth[1])
     except Exception as error:
-        row["failure"] = problem.context.failure(row["way"], error)
+        row["failure"] = trials.context.failure(row["way"], error)
         return
-    problem.calls[row["way"]] = [lambda: total(query, key, lse)]
+    trials.calls[row["way"]] = [lambda: total(query, key, lse)]
 
 
 def _tune(context: Context, name: str) -> list[Row]:
-    problem, Blocks = _Problem(context, name), kernels.Blocks
+    trials = _Trials(context, name)
     few = 2 if context.quick else None
-    sweeps, passes = problem.plan("sweeps"), problem.plan("passes")
+    sweeps, passes = trials.plan("sweeps"), trials.plan("passes")
     plans = []  # title, plan, the kernel to time, with output
     for blocks in [Blocks(*entry) for entry in ATTENTION_BLOCKS[:few]]:
         text = _blocks_text(blocks)
@@ -209,15 +203,15 @@ def _tune(context: Context, name: str) -> list[Row]:
         for splits in sorted({1, passes.splits, 4}):
             plan = passes._replace(scores=blocks, splits=splits)
             plans.append((f"scores pass {_blocks_text(blocks)}, {splits} splits", plan, "scores_kernel", False))
-    if problem.shape.N <= 256:
-        strip = problem.plan("strip")
+    if trials.fits("strip"):
+        strip = trials.plan("strip")
         for block_m, warps in STRIP_BLOCKS[:few]:
             blocks = strip.attention._replace(block_m=block_m, warps=warps)
             plans.append((f"strip {_blocks_text(blocks)}", strip._replace(attention=blocks), "strip_kernel", True))
-    problem.compile_all([(plan, output) for _, plan, _, output in plans])
+    trials.compile_all([(plan, output) for _, plan, _, output in plans])
     for title, plan, kernel, output in plans:
-        problem.add(title, plan, kernel, output)
-    return problem.timed()
+        trials.add(title, plan, kernel, output)
+    return trials.timed()
 
 
 def _needs_kernels(context: Context) -> None:

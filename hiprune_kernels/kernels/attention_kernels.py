@@ -1,4 +1,4 @@
-"""The Triton kernels of attention with column scores; `attention.py` beside this file explains and launches them."""
+"""The Triton kernels of attention with column scores; `paths.py` beside this file explains and launches them."""
 
 import triton
 import triton.language as tl
@@ -384,7 +384,7 @@ def scores_kernel(
     splits,
     split_rows,  # queries per split, a multiple of BLOCK_M
     logit_scale,
-    top_scale,  # from `top` to the scale of Q K^T
+    top_scale,  # from a log-sum-exp to base 2
     CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
@@ -423,10 +423,15 @@ def scores_kernel(
         exists = rows < length_q
         counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
         q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
-        top = tl.load(top_ptr + rows, mask=counted, other=float("inf")) * top_scale
-        p = tl.exp2((_product(q1, q2, k1, k2, D2) - top[:, None]) * logit_scale)
-        if weight_ptr is not None:
-            p *= tl.load(weight_ptr + rows, mask=counted, other=0.0)[:, None]
+        top = tl.load(top_ptr + rows, mask=counted, other=float("inf"))
+        if weight_ptr is None:
+            top *= top_scale
+        logits = _product(q1, q2, k1, k2, D2)
+        if weight_ptr is None:  # in one multiply-add: a log-sum-exp is rounded like its product anyway
+            p = tl.exp2(logits * logit_scale - top[:, None])
+        else:
+            weight = tl.load(weight_ptr + rows, mask=counted, other=0.0)
+            p = tl.exp2((logits - top[:, None]) * logit_scale) * weight[:, None]
         if CAUSAL:
             p = tl.where(columns[None, :] <= rows[:, None] + shift, p, 0.0)
         if query_mask_ptr is not None:

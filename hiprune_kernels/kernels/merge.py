@@ -16,9 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import cdiv, launch
-from .selection import _size
+from .selection import IMAGES, _size
 
-IMAGES = 16  # different images per launch: their sizes are kernel arguments
 MAX_TARGETS = 65535  # of one image: an axis of the launch grid
 MAX_TOKENS = 1 << 24  # of one image: sizes reach the kernels as float32
 ASSIGN = {"ROWS": 32, "COLUMNS": 16, "DEPTH": 32}  # sources, targets and channels of keys at a time

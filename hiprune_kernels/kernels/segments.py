@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch, next_power_of_2
-from .selection import MAX_TOKENS, _best, _keys, _load_scores, _size
+from .selection import MAX_TOKENS, _best, _keys, _load_scores, _size, warps_for
 
 RUNS = 16  # runs of equal segments per launch: their sizes are kernel arguments
 MAX_TILES = 1024  # of one image, of whose shares one program holds all
@@ -256,11 +256,6 @@ def _chunks(sizes: tuple[int, ...], tiles: tuple[int, ...], totals: tuple[int, .
     if runs:
         close()
     return chunks
-
-
-def warps_for(tokens: int) -> int:
-    """Eight tokens per thread."""
-    return max(4, min(32, next_power_of_2(tokens) // 256))
 
 
 def segment_constants(tokens: int) -> dict:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
+from ..budget import Image, SelectionPlan
 from ..reference import ANCHOR, BUFFER, DROPPED, NEIGHBORS, REGISTER
 from . import cdiv, launch, next_power_of_2
 
@@ -244,7 +244,7 @@ def select_kernel(
 
 # ------------------------------------------------------------------------------------------------------------ launcher
 
-_IMAGES = 16  # different images per launch: their sizes are kernel arguments, and 16 of them cost little time to pass
+IMAGES = 16  # different images per launch: their sizes are kernel arguments, and 16 of them cost little time to pass
 _ROWS = 8  # gathered at a time
 _COLUMN_BYTES = 2048  # of each of them
 # In all programs of a launch. Each repeats the selection, and more of them copy rows faster: as measured on an H200, up
@@ -253,9 +253,11 @@ _MOST_WARPS = 1024
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class _Launch(NamedTuple):
-    count: int  # images
-    images: tuple[float, ...]  # see select_kernel; Triton compiles anew for integers of a tuple that 16 divides
+class _Chunk(NamedTuple):
+    """The images of one launch."""
+
+    number: int
+    sizes: tuple[float, ...]  # see select_kernel; Triton compiles anew for integers of a tuple that 16 divides
     token_start: int
     row_start: int
     tokens: int  # of the largest image
@@ -263,31 +265,31 @@ class _Launch(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _launches(images: tuple[Image, ...], batch: int | None) -> list[_Launch]:
+def _chunks(images: tuple[Image, ...], batch: int | None) -> list[_Chunk]:
     """The launches for a batch of `batch` images that share one entry, or, None, for packed images: usually one."""
     entries = [(i.frames * i.height * i.width, i.height * i.width, i.width, i.budget, i.anchors) for i in images]
     if len(set(entries)) == 1:
         tokens, _, _, budget, _ = entries[0]
-        return [_Launch(len(entries) if batch is None else batch, tuple(map(float, entries[0])), 0, 0, tokens, budget)]
-    launches, token_start, row_start = [], 0, 0
-    for first in range(0, len(entries), _IMAGES):
-        part = entries[first : first + _IMAGES]
-        padded = part + part[-1:] * (_IMAGES - len(part))  # one compiled kernel for every number of images
-        sizes = max(entry[0] for entry in part), max(entry[3] for entry in part)
-        images = tuple(float(size) for entry in padded for size in entry)
-        launches.append(_Launch(len(part), images, token_start, row_start, *sizes))
+        return [_Chunk(len(entries) if batch is None else batch, tuple(map(float, entries[0])), 0, 0, tokens, budget)]
+    chunks, token_start, row_start = [], 0, 0
+    for first in range(0, len(entries), IMAGES):
+        part = entries[first : first + IMAGES]
+        padded = part + part[-1:] * (IMAGES - len(part))  # one compiled kernel for every number of images
+        largest = max(entry[0] for entry in part), max(entry[3] for entry in part)
+        sizes = tuple(float(size) for entry in padded for size in entry)
+        chunks.append(_Chunk(len(part), sizes, token_start, row_start, *largest))
         token_start += sum(entry[0] for entry in part)
         row_start += sum(entry[3] for entry in part)
-    return launches
+    return chunks
 
 
-def _warps(tokens: int) -> int:
+def warps_for(tokens: int) -> int:
     # Eight tokens per thread spill no registers; 16384 tokens are sixteen each and spill a few (bench/results/aot.md).
     return max(4, min(32, next_power_of_2(tokens) // 256))
 
 
 @functools.lru_cache(maxsize=1024)
-def _constants(packed: bool, tokens: int, element_size: int, plan: SelectionPlan) -> dict:
+def constants_of(packed: bool, tokens: int, element_size: int, plan: SelectionPlan) -> dict:
     """The kernel's compile-time arguments. `tokens`: of the largest image."""
     return {
         "PACKED": packed,
@@ -323,13 +325,13 @@ def _select(
     mask = None if candidate_mask is None else candidate_mask.view(torch.uint8)
     element_size = 8 if source is None else source.element_size()
 
-    for part in _launches(plan.images, *(batch or (None,))):
-        if part.count == 0:
+    for chunk in _chunks(plan.images, *(batch or (None,))):
+        if chunk.number == 0:
             continue
         parts = 1
         if source is not None:
-            parts = min(cdiv(part.budget, _ROWS), max(1, _MOST_WARPS // (_warps(part.tokens) * part.count)))
-        rows = cdiv(cdiv(part.budget, parts), _ROWS) * _ROWS
+            parts = min(cdiv(chunk.budget, _ROWS), max(1, _MOST_WARPS // (warps_for(chunk.tokens) * chunk.number)))
+        rows = cdiv(cdiv(chunk.budget, parts), _ROWS) * _ROWS
         arguments = {
             "object_ptr": object_scores,
             "deep_ptr": deep_scores,
@@ -338,9 +340,9 @@ def _select(
             "kept_ptr": target,
             "indices_ptr": indices,
             "roles_ptr": roles,
-            "images": part.images,
-            "token_start": part.token_start,
-            "row_start": part.row_start,
+            "images": chunk.sizes,
+            "token_start": chunk.token_start,
+            "row_start": chunk.row_start,
             "rows_per_program": rows,
             "num_prefix_tokens": plan.num_prefix_tokens,
             "channels": 0 if source is None else source.shape[-1],
@@ -351,8 +353,9 @@ def _select(
             **_strides("stride_m", "it", mask),
             **_strides("stride_f", "itc", source),
         }
-        constants = _constants(packed, part.tokens, element_size, plan)
-        launch(select_kernel, (part.count, cdiv(part.budget, rows)), arguments, constants, _warps(part.tokens), 3)
+        constants = constants_of(packed, chunk.tokens, element_size, plan)
+        grid = (chunk.number, cdiv(chunk.budget, rows))
+        launch(select_kernel, grid, arguments, constants, warps_for(chunk.tokens), 3)
     return kept, indices, roles
 
 
@@ -400,48 +403,6 @@ def prune_tokens(
     Example:
         >>> kept, indices, roles = prune_tokens(features, sums, deep[:, None], None, plan)
     """
-    return _select(features, object_scores, deep_scores, candidate_mask, plan)
-
-
-def aot_variants() -> list[tuple]:
-    """The forms of the kernel that `bench/aot.py` compiles: name, function, signature, constexprs, warps, stages."""
-    signature = dict.fromkeys(select_kernel.arg_names, "i32")
-    signature |= {"object_ptr": "*fp32", "deep_ptr": "*fp32", "indices_ptr": "*i64", "roles_ptr": "*u8"}
-    signature |= {"mask_ptr": "*u8", "features_ptr": "*i16", "kept_ptr": "*i16", "images": ("fp32",) * 5}
-    signature |= dict.fromkeys(("channels", "stride_fi", "stride_ft"), "i32:16")
-
-    def variant(
-        name, tokens, rule="paper", neighborhood="cross", keep_roles=ROLE_NAMES, missing=("mask_ptr",), **types
-    ):
-        flat = plan_selection([], [], rule=rule, neighborhood=neighborhood, keep_roles=keep_roles)
-        constants = _constants("images" in types, tokens, 2, SelectionPlan.from_flat(flat))
-        ones = ("object_slots", "deep_slots", "stride_ot", "stride_dt", "stride_mt", "stride_fc")
-        constants = constants | dict.fromkeys(set(ones) - set(types), 1) | dict.fromkeys(missing)
-        return f"select_kernel/{name}", select_kernel, signature | types, constants, _warps(tokens), 3
-
-    select_only = ("mask_ptr", "features_ptr", "kept_ptr")
-    several = {"images": ("fp32",) * (5 * _IMAGES)}
-    doubles = {"object_ptr": "*fp64", "deep_ptr": "*fp64"}
-    return [
-        variant("clip_b32", 49),
-        variant("deit", 196),
-        variant("clip_l", 576),
-        variant("clip_l/masked", 576, missing=()),
-        variant("clip_l/scores_bf16", 576, object_ptr="*bf16", deep_ptr="*bf16"),
-        variant("clip_l/scores_fp64", 576, **doubles),
-        variant("clip_l/features_fp32", 576, features_ptr="*i32", kept_ptr="*i32"),
-        variant("clip_l/indices_only", 576, missing=select_only),
-        variant("clip_l/partial_sums", 576, object_slots="i32", deep_slots="i32"),
-        variant("clip_l/square", 576, neighborhood="square"),
-        variant("clip_l/grid", 576, rule="grid"),
-        variant("clip_l/official", 576, rule="official"),
-        variant("clip_l/no_registers", 576, keep_roles=("anchor", "buffer")),
-        variant("clip_l/registers_only", 576, keep_roles=("register",)),
-        variant("1024", 1024),
-        variant("vjepa2", 2048),
-        variant("qwen_packed", 4096, **several),
-        variant("qwen_packed/official", 4096, rule="official_qwen", **several),
-        variant("8192_packed", 8192, **several),
-        variant("16384_packed", 16384, **several),
-        variant("16384_packed/scores_fp64", 16384, **several, **doubles),
-    ]
+    kept, indices, roles = _select(features, object_scores, deep_scores, candidate_mask, plan)
+    assert kept is not None  # with features there are rows
+    return kept, indices, roles

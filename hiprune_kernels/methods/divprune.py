@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, image_budgets, picks_of
+from .base import Method, Needs, Picks, Seen, TokenLayout, candidates_of_images, image_budgets, picks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +42,7 @@ class DivPrune(Method):
 
     def select(self, seen: Seen) -> Picks:
         layout, chosen = seen.layout, []
-        for (_, tokens), count in zip(layout.images(), self.kept(layout)):
-            candidates = torch.arange(tokens.start, tokens.stop, device=seen.device)
-            if layout.candidates is not None:
-                candidates = candidates[layout.candidates[tokens].to(seen.device)]
+        for candidates, count in zip(candidates_of_images(seen), self.kept(layout)):
             chosen.append(candidates[farthest_points(seen.features[candidates], count)])
         return picks_of(torch.cat(chosen), layout)
 
@@ -54,6 +51,7 @@ def farthest_points(features: Tensor, count: int) -> Tensor:
     """`count` of the rows of features [N, C] by farthest-point sampling on 1 - cosine, in the order of choice."""
     features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     distances = 1 - features @ features.T  # [N, N]
+    distances = torch.minimum(distances, distances.T)  # the product of few rows may round otherwise than its mirror
     nearest_other = distances.clone().fill_diagonal_(torch.inf).amin(dim=1)
     least, chosen = distances.new_full((len(features),), torch.inf), [nearest_other.argmax()]
     for _ in range(count - 1):

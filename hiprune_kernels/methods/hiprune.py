@@ -73,11 +73,15 @@ class HiPrune(Method):
         return Needs(scores={object_layer: queries, encoder.feature_layer: queries})
 
     def select(self, seen: Seen) -> Picks:
+        return self._select(seen, self.tile_budgets(seen.layout))
+
+    def _select(self, seen: Seen, budgets: list[int]) -> Picks:
+        """Algorithm 1 with a budget for each tile."""
         layout, encoder = seen.layout, seen.encoder
         official_rule = "official" if encoder is None else encoder.kind.official_rule
         rule = official_rule if self.rule == "official" else self.rule
         deep_scores = seen.scores[max(seen.scores)]
-        budgets, device = self.tile_budgets(layout), deep_scores.device
+        device = deep_scores.device
         indices, roles = ops.select_tokens_varlen(
             seen.scores[min(seen.scores)],
             deep_scores,

@@ -161,7 +161,7 @@ class PTP(Method):
 
     def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
         layout = seen.layout
-        if layout.tile_grids is None:
+        if layout.tile_grids is None or layout.thumbnail is None:
             raise ValueError(
                 'region: expected "features", as this model does not tell where its tiles lie, got "attention"'
             )

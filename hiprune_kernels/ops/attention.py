@@ -534,11 +534,13 @@ def _with_scores_reference(
 
 
 @torch.library.impl(library, "attention_with_scores", "CPU")
-def _with_scores_cpu(query, key, value, *tensors, scale, causal, max_seqlen_q):
+def _with_scores_cpu(
+    query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask, *, scale, causal, max_seqlen_q
+):
+    tensors = (query, key, value, cu_seqlens_q, cu_seqlens_k, key_mask, query_mask)
     if cpu_kernel_gap(query, key, value):
-        options = {"scale": scale, "causal": causal, "max_seqlen_q": max_seqlen_q}
-        return _with_scores_reference(query, key, value, *tensors, **options)
-    return _cpu_kernel(query, key, value, *tensors, scale, causal, False, 1 / query.shape[1])
+        return _with_scores_reference(*tensors, scale=scale, causal=causal, max_seqlen_q=max_seqlen_q)
+    return _cpu_kernel(*tensors, scale, causal, False, 1 / query.shape[1])
 
 
 @torch.library.impl(library, "attention_with_scores", "CUDA")

@@ -24,8 +24,8 @@ def check_dense(name: str, value: object, dims: str = "") -> None:
 def check_tensor(name: str, value: object, dims: str) -> None:
     """`dims` names the dimensions, for instance "B Hq M D". A quantized tensor is left to the check of its dtype."""
     if not isinstance(value, Tensor) or value.layout is not STRIDED or value.is_nested:
-        check_dense(name, value, f" [{dims}]")
-    if value.dim() != dims.count(" ") + 1:
+        check_dense(name, value, f" [{dims}]")  # raises
+    elif value.dim() != dims.count(" ") + 1:
         raise ValueError(f"{name}: expected [{dims}], got shape {tuple(value.shape)}")
 
 

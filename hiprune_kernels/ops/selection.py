@@ -260,8 +260,8 @@ def _check_scores(object_scores, deep_scores, candidate_mask, dims: str, num_pre
     check_shape("deep_scores", deep_scores, dims, shape)
     check_like("deep_scores", deep_scores, "object_scores", object_scores)
     if candidate_mask is not None:
-        shape = (*shape[:-1], count)
-        check_mask("candidate_mask", candidate_mask, "B N" if len(shape) == 2 else "T", shape, "scores", object_scores)
+        dims = "B N" if len(shape) == 2 else "T"
+        check_mask("candidate_mask", candidate_mask, dims, (*shape[:-1], count), "scores", object_scores)
 
 
 def _check_features(features, dims: str, object_scores) -> None:

@@ -12,11 +12,12 @@ from attention_cases import check_output, check_scores, draw, draw_mask, draw_pa
 
 from hiprune_kernels import reference
 from hiprune_kernels.kernels import attention as launcher
-from hiprune_kernels.kernels.attention import plan
+from hiprune_kernels.kernels import paths, table
+from hiprune_kernels.kernels.paths import LENDERS, PATHS, Problem
 from hiprune_kernels.ops import attention as ops
 
-PATHS = ["strip", "sweeps", "passes"]
-each_path = pytest.mark.parametrize("path", PATHS)
+OWN_PATHS = [path for path in PATHS if path not in LENDERS]
+each_path = pytest.mark.parametrize("path", OWN_PATHS)
 each_half = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -56,7 +57,7 @@ def check(query, key, value, path=None, **options):
 @each_half
 @pytest.mark.parametrize("D", [1, 8, 16, 40, 64, 72, 80, 96, 128, 256])
 def test_head_dimensions(D, dtype):
-    path = PATHS[D // 8 % 3]
+    path = OWN_PATHS[D // 8 % len(OWN_PATHS)]
     check(*draw(1, 2, 1, 20, 70, D, dtype=dtype), path=path)
 
 
@@ -309,9 +310,17 @@ def test_neighbours_in_the_pack_change_nothing():
 # ----------------------------------------------------------------------------------------------- the table, the launches
 
 
+def problem_of(M, N, heads, D, dtype=torch.float16, packed=False, scale=None, causal=False, key_mask=None):
+    """A call without data."""
+    shapes = [(n, heads, D) if packed else (1, heads, n, D) for n in (M, N, N)]
+    tensors = (torch.empty(shape, dtype=dtype, device="meta") for shape in shapes)
+    cu_seqlens = torch.empty(3, dtype=torch.int32, device="meta") if packed else None
+    return Problem.of(*tensors, cu_seqlens, None, key_mask, None, scale, causal)
+
+
 def test_shares_of_the_queries():
     """Few keys and many queries: several programs share the queries of one block of keys."""
-    assert plan(1100, 20, 1, 16, torch.float16, 90, path="passes").splits == 2
+    assert table.choose(problem_of(1100, 20, 1, 16), 90, "passes").splits == 2
     check(*draw(1, 1, 1, 1100, 20, 16, dtype=torch.float16), path="passes")
     check(*draw(1, 1, 1, 1100, 20, 16, dtype=torch.float16), path="passes", causal=True)
 
@@ -322,15 +331,14 @@ def test_borrowed_attention(monkeypatch, causal):
     query, key, value = draw(2, 2, 2, 70, 70, 16, dtype=torch.float16)
     wanted = expected(query, key, value, causal=causal)
 
-    def borrowed(path, query, key, value, scale, causal):
-        assert path == "flash"
+    def lender(query, key, value, scale, causal):
         logits = query.double() @ key.double().transpose(2, 3) * scale
         if causal:
             logits = logits.masked_fill(~torch.ones(70, 70, dtype=torch.bool).tril(), -math.inf)
         lse = torch.zeros(2, 3, 80)[:, 1:, :70]
         return wanted[0].to(query.dtype), lse.copy_(logits.logsumexp(-1))
 
-    monkeypatch.setattr(launcher, "_borrowed", borrowed)
+    monkeypatch.setitem(PATHS, "flash", paths.behind(lender))
     output, scores = attend(query, key, value, causal=causal, query_mask=None, path="flash")
     check_output(output, wanted[0], torch.float16)
     check_scores(scores, wanted[1])
@@ -359,53 +367,37 @@ def test_the_flash_attn_package(monkeypatch, M, N, causal):
     assert output.transpose(1, 2).is_contiguous()
 
 
-@pytest.fixture
-def borrowed_paths(monkeypatch):
-    """Which attention a call of 2048 keys borrows, without running anything."""
-    paths = []
-
-    def borrow(path, query, *rest):
-        paths.append(path)
-        return query, query[..., 0].float()
-
-    monkeypatch.setattr(launcher, "_borrowed", borrow)
-
-    def call(architecture, dtype=torch.float16, scale=None, causal=False, keys=2048, D=64, **masks):
-        query = torch.empty(1, 16, 2048, D, dtype=dtype, device="meta")
-        key = torch.empty(1, 16, keys, D, dtype=dtype, device="meta")
-        tensors = (query, key, key, None, None, masks.get("key_mask"), None)
-        settings = (scale, causal, False, 1.0)
-        launcher.attention(*tensors, *settings, architecture=architecture, launch=lambda *launch: None)
-        return paths[-1] if paths else None
-
-    return call
+def borrowed(architecture, *, keys=2048, D=64, **options):
+    """Whose attention a call of 2048 queries borrows."""
+    path = table.choose(problem_of(2048, keys, 16, D, **options), architecture).path
+    return path if path in LENDERS else None
 
 
-@pytest.mark.parametrize("scale, borrowed", [(None, True), (0.2, True), (0.0, False), (1e-31, False), (-0.2, False)])
-def test_only_positive_scales_are_borrowed(borrowed_paths, scale, borrowed):
-    assert borrowed_paths(80, scale=scale) == ("flash" if borrowed else None)
+@pytest.mark.parametrize("scale, lent", [(None, True), (0.2, True), (0.0, False), (1e-31, False), (-0.2, False)])
+def test_only_positive_scales_are_borrowed(scale, lent):
+    assert borrowed(80, scale=scale) == ("flash" if lent else None)
 
 
-def test_cudnn_is_borrowed_where_pytorch_lets_it(monkeypatch, borrowed_paths):
+def test_cudnn_is_borrowed_where_pytorch_lets_it(monkeypatch):
     asked = []
 
     def can_use(parameters):
         asked.append(parameters)
         return len(asked) > 1
 
-    monkeypatch.setattr(launcher, "can_use_cudnn_attention", can_use)
-    assert borrowed_paths(90) is None
-    assert borrowed_paths(90) == "cudnn"
+    monkeypatch.setattr(paths, "can_use_cudnn_attention", can_use)
+    assert borrowed(90) is None
+    assert borrowed(90) == "cudnn"
     assert len(asked) == 2
 
 
 @pytest.mark.parametrize(
     "D, flash, cudnn", [(32, True, False), (128, True, True), (256, True, False), (60, False, False)]
 )
-def test_head_dimensions_that_are_borrowed(monkeypatch, borrowed_paths, D, flash, cudnn):
-    monkeypatch.setattr(launcher, "can_use_cudnn_attention", lambda parameters: True)
-    assert borrowed_paths(90, D=D) == ("cudnn" if cudnn else None)
-    assert (borrowed_paths(80, D=D) == "flash") == flash
+def test_head_dimensions_that_are_borrowed(monkeypatch, D, flash, cudnn):
+    monkeypatch.setattr(paths, "can_use_cudnn_attention", lambda parameters: True)
+    assert borrowed(90, D=D) == ("cudnn" if cudnn else None)
+    assert borrowed(80, D=D) == ("flash" if flash else None)
 
 
 @pytest.mark.parametrize(
@@ -418,43 +410,63 @@ def test_head_dimensions_that_are_borrowed(monkeypatch, borrowed_paths, D, flash
     ids=["float32", "causal of unequal lengths", "masked"],
 )
 @pytest.mark.parametrize("architecture", [80, 90])
-def test_what_is_never_borrowed(monkeypatch, borrowed_paths, architecture, call):
-    monkeypatch.setattr(launcher, "can_use_cudnn_attention", lambda parameters: True)
-    assert borrowed_paths(architecture, **call) is None
+def test_what_is_never_borrowed(monkeypatch, architecture, call):
+    monkeypatch.setattr(paths, "can_use_cudnn_attention", lambda parameters: True)
+    assert borrowed(architecture) is not None
+    assert borrowed(architecture, **call) is None
 
 
-def test_the_table():
+def test_scores_alone_are_never_borrowed(monkeypatch):
+    monkeypatch.setattr(paths, "can_use_cudnn_attention", lambda parameters: True)
+    problem = problem_of(577, 577, 16, 64)
+    assert table.choose(problem, 90).path == "cudnn"
+    assert table.choose(problem._replace(value=None), 90).path == "passes"
+
+
+def test_every_path_has_a_row():
+    assert {row.path for row in table.TABLE} == set(PATHS)
+    for path in PATHS:
+        assert table.choose(problem_of(70, 70, 2, 64), 90, path).path == path
+
+
+def test_the_table(monkeypatch):
+    def path(N, heads, D, dtype, architecture, M=None, lent=False, packed=False):
+        monkeypatch.setattr(table, "lends", lambda path, problem: lent)
+        return table.choose(problem_of(M or N, N, heads, D, dtype, packed), architecture).path
+
     half, full = torch.bfloat16, torch.float32
-    assert plan(50, 50, 12, 64, half, 80).path == "strip"
-    assert plan(50, 50, 12, 80, half, 80).path == "sweeps"  # 80 is no power of two
-    assert plan(198, 198, 12, 64, half, 90).path == "sweeps"
-    assert plan(50, 50, 12, 64, full, 90).path == "sweeps"
-    assert plan(577, 577, 16, 64, half, 80).path == "sweeps"
-    assert plan(577, 577, 16, 64, half, 90).path == "passes"
-    assert plan(50, 50, 12, 64, half, 90, borrow=True).path == "strip"
-    assert plan(198, 198, 12, 64, half, 90, borrow=True).path == "cudnn"
-    assert plan(198, 198, 12, 40, half, 90, borrow=True).path == "sweeps"
-    assert plan(577, 577, 16, 64, half, 90, borrow=True).path == "cudnn"
-    assert plan(577, 577, 16, 72, full, 90).path == "passes"
-    assert plan(1, 4096, 16, 64, half, 90).path == "passes"
-    assert plan(2048, 2048, 16, 64, half, 80).path == "passes"
-    assert plan(577, 577, 16, 64, half, 80, borrow=True).path == "sweeps"
-    assert plan(2048, 2048, 16, 64, half, 80, borrow=True).path == "flash"
-    assert plan(2048, 2048, 4, 64, half, 80, borrow=True).path == "passes"  # one image does not fill the GPU
-    assert plan(2048, 2048, 16, 64, half, 90, borrow=True).path == "cudnn"
-    assert plan(2048, 2048, 16, 64, half, 100, borrow=True).path == "passes"
-    assert plan(50, 50, 12, 64, half, 90, packed=True).path == "passes"
+    assert path(50, 12, 64, half, 80) == "strip"
+    assert path(50, 12, 80, half, 80) == "sweeps"  # 80 is no power of two
+    assert path(198, 12, 64, half, 90) == "sweeps"
+    assert path(50, 12, 64, full, 90) == "sweeps"
+    assert path(577, 16, 64, half, 80) == "sweeps"
+    assert path(577, 16, 64, half, 90) == "passes"
+    assert path(50, 12, 64, half, 90, lent=True) == "strip"
+    assert path(198, 12, 64, half, 90, lent=True) == "cudnn"
+    assert path(198, 12, 40, half, 90, lent=True) == "sweeps"
+    assert path(577, 16, 64, half, 90, lent=True) == "cudnn"
+    assert path(577, 16, 72, full, 90) == "passes"
+    assert path(577, 16, 72, full, 80) == "passes"  # sweeps are for head dimensions of up to 64 there
+    assert path(4096, 16, 64, half, 90, M=1) == "passes"
+    assert path(2048, 16, 64, half, 80) == "passes"
+    assert path(577, 16, 64, half, 80, lent=True) == "sweeps"
+    assert path(2048, 16, 64, half, 80, lent=True) == "flash"
+    assert path(2048, 4, 64, half, 80, lent=True) == "passes"  # one image does not fill the GPU
+    assert path(2048, 16, 64, half, 90, lent=True) == "cudnn"
+    assert path(2048, 16, 64, half, 100, lent=True) == "passes"
+    assert path(577, 16, 64, half, 100, lent=True) == "sweeps"
+    assert path(50, 12, 64, half, 90, packed=True) == "passes"
     for D in range(1, 129):
         for M in (1, 64, 129, 577, 5000):
-            blocks = plan(M, 5000, 2, D, half, 90).attention
+            blocks = table.choose(problem_of(M, 5000, 2, D), 90).attention
             assert blocks.block_m == 16 * blocks.warps  # chained products
 
 
 def test_head_dimension_in_two_parts():
     known = {8: (16, 0), 64: (64, 0), 72: (64, 16), 80: (64, 16), 96: (64, 32), 120: (128, 0), 256: (256, 0)}
-    assert {D: launcher._split_head_dim(D) for D in known} == known
+    assert {D: paths.split_head_dim(D) for D in known} == known
     for D in range(1, 257):
-        first, second = launcher._split_head_dim(D)
+        first, second = paths.split_head_dim(D)
         assert D <= first + second < 2 * max(D, 16)
         assert all(n == 0 or (n >= 16 and n & (n - 1) == 0) for n in (first, second))
 

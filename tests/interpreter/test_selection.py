@@ -156,17 +156,17 @@ def test_packed_images_of_different_sizes(images):
 def test_launches():
     """One for a batch, for packed images of one size however many, and for sixteen different ones."""
 
-    def plan(grids, budgets, batch=None):
+    def chunks(grids, budgets, batch=None):
         options = {"grids": grids, "budgets": budgets}
-        return selection._launches(launcher_arguments(options)[1].images, batch)
+        return selection._chunks(launcher_arguments(options)[1].images, batch)
 
-    assert [launch.count for launch in plan([(24, 24)], [192], 700)] == [700]
-    assert [launch.count for launch in plan([(3, 3)] * 700, [4] * 700)] == [700]
+    assert [chunk.number for chunk in chunks([(24, 24)], [192], 700)] == [700]
+    assert [chunk.number for chunk in chunks([(3, 3)] * 700, [4] * 700)] == [700]
     different = [(3, k + 1) for k in range(33)]
-    assert [launch.count for launch in plan(different[:16], [2] * 16)] == [16]
-    assert [launch.count for launch in plan(different, [2] * 33)] == [16, 16, 1]
-    assert len({len(launch.images) for launch in plan(different, [2] * 33)}) == 1  # one compiled kernel
-    assert plan([], []) == []
+    assert [chunk.number for chunk in chunks(different[:16], [2] * 16)] == [16]
+    assert [chunk.number for chunk in chunks(different, [2] * 33)] == [16, 16, 1]
+    assert len({len(chunk.sizes) for chunk in chunks(different, [2] * 33)}) == 1  # one compiled kernel
+    assert chunks([], []) == []
 
 
 def test_packed_images_of_one_size():

@@ -46,7 +46,7 @@ def check_strategy(call: Call) -> None:
         encoder = call.patch.encoders[0].facts
         needed = '"default"' if encoder.has_cls else '"full"'
         raise ValueError(
-            f"vision_feature_select_strategy: expected {needed} for {encoder.name}, as an image is put together "
+            f"vision_feature_select_strategy: expected {needed} for {encoder.kind.name}, as an image is put together "
             "of the grids of its tiles, without CLS tokens"
         )
 

@@ -1,0 +1,105 @@
+"""CDPruner: tokens that differ from one another and are relevant to the prompt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..budget import check_share
+from ..facts import EncoderFacts
+from .base import Method, Needs, Picks, Seen, TokenLayout, picks_of_tiles, tokens_of_tiles
+from .text import ClipText, check_text_encoder, mean_of_cosines, notes_of, relevance
+
+
+@dataclass(frozen=True, kw_only=True)
+class CDPruner(Method):
+    """CDPruner (Zhang et al., NeurIPS 2025): in each tile the likeliest set of a determinantal point process.
+
+    ``K = diag(q) L diag(q)``, L the cosines between the tokens' projected features, and q in 0..1 their relevance:
+    ``q_i = (u_i - min u + 1e-6) / (max u - min u)``, over the tiles of one image. The set is chosen greedily. With a
+    text encoder u_i is the mean, over segments of the text, of minus the cosine of patch and text in CLIP's space, as
+    released. Without one it is the mean cosine with the embeddings of the prompt's text, in the language model's space,
+    as ports to models without a text tower have it. Without text all tokens are equally relevant. Where the features do
+    not differ enough for as many tokens, the most relevant ones fill up.
+
+    Attributes:
+        budget, retention: exactly one of them: visual tokens kept per image, shared out among its tiles, or the share.
+        text_encoder: the CLIP text tower that belongs to the vision tower, see `ClipText`.
+        relevance_weight: None, as released, or theta in [0, 1): q becomes ``exp(theta / (2 (1 - theta)) q)``.
+
+    Example:
+        >>> CDPruner(budget=64).relevance_weight is None
+        True
+    """
+
+    text_encoder: ClipText | None = None
+    relevance_weight: float | None = None
+
+    guaranteed: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_text_encoder(self.text_encoder)
+        if self.relevance_weight is not None:
+            check_share("relevance_weight", self.relevance_weight)
+            if self.relevance_weight == 1:
+                raise ValueError("relevance_weight: expected a share below 1, got 1")
+        super().__post_init__()
+
+    def needs(self, encoder: EncoderFacts) -> Needs:
+        return Needs(features="language" if self.text_encoder is None else "both", text=True)
+
+    def select(self, seen: Seen) -> Picks:
+        layout, budgets = seen.layout, self.tile_budgets(seen.layout)
+        relevances, chosen = [], []
+        for image, (_, tokens) in enumerate(layout.images()):
+            relevances.append(relevance(seen, image, tokens, self.text_encoder, mean_of_cosines))
+        own = tokens_of_tiles(seen)
+        for (tiles, tokens), u in zip(layout.images(), relevances):
+            quality = self._quality(u, layout, tokens, seen.device)
+            for tile in range(tiles.start, tiles.stop):
+                here = own[tile]
+                best = greedy_dpp(seen.features[here], quality[here - tokens.start], min(budgets[tile], len(here)))
+                chosen.append(here[best].sort().values)
+        notes = notes_of(relevances, "diversity alone")
+        return picks_of_tiles(chosen, budgets, layout, seen.device)._replace(notes=notes)
+
+    def _quality(self, u: Tensor | None, layout: TokenLayout, tokens: slice, device: torch.device) -> Tensor:
+        if u is None:
+            return torch.ones(tokens.stop - tokens.start, device=device)
+        among = u if layout.candidates is None else u[layout.candidates[tokens].to(device)]
+        low, high = among.min(), among.max()
+        quality = torch.where(high > low, (u - low + 1e-6) / (high - low), 1.0)
+        if self.relevance_weight is None:
+            return quality
+        return torch.exp(self.relevance_weight / (2 * (1 - self.relevance_weight)) * quality)
+
+
+def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
+    """`count` rows of features [N, C] by greedy MAP inference with K = diag(q) L diag(q), in the order of choice.
+
+    Where the features span fewer dimensions, the highest quality fills up.
+    """
+    features = F.normalize(features.float(), dim=-1)
+    kernel = quality[:, None] * (features @ features.T) * quality  # [N, N]
+    gain, chosen, basis = kernel.diagonal().clone(), [], torch.zeros(0, len(kernel), device=kernel.device)
+    least = 1e-12 * gain.max()
+    taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)
+    for _ in range(count):
+        best = gain.argmax()
+        if not bool(gain[best] > least):
+            best = quality.masked_fill(taken, -math.inf).argmax()
+            taken[best] = True
+            chosen.append(best)
+            continue
+        row = (kernel[best] - basis[:, best] @ basis) / gain[best].sqrt()
+        basis = torch.cat([basis, row[None]])
+        gain -= row**2
+        taken[best] = True
+        gain[taken] = -math.inf
+        chosen.append(best)
+    return torch.stack(chosen)
