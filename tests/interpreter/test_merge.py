@@ -1,5 +1,6 @@
 """The kernels of merging in Triton's interpreter, against the reference."""
 
+import math
 import random
 
 import pytest
@@ -40,6 +41,22 @@ def test_hand_cases(targets):
     targets = torch.tensor([targets], dtype=torch.int64)
     for rows_only in (False, True):
         check(FEATURES[None], KEYS[None], targets, SOURCES[None], rows_only=rows_only)
+
+
+def test_ties_and_keys_like_nothing():
+    """Equal targets of several blocks; NaN and infinity behind all; cosine 0 with zeros, above one that is negative."""
+    features, sources = torch.randn(1, 40, 3), torch.ones(1, 40, dtype=torch.bool)
+    _, assigned = check(features, torch.ones(1, 40, 3), torch.arange(33)[None], sources, rows_only=True)
+    assert assigned[0].tolist() == [-1] * 33 + [0] * 7
+    nan, inf = math.nan, math.inf
+    keys = torch.tensor([[[1.0, 0.0], [nan, 0.0], [-1.0, 0.0], [inf, 1.0], [0.0, 0.0], [nan, nan]]])
+    for targets, expected in (
+        ([1, 0], [-1, -1, 1, 0, 1, 0]),
+        ([3, 2], [1, 0, -1, -1, 1, 0]),
+        ([2, 4], [1, 0, -1, 0, -1, 0]),
+    ):
+        _, assigned = check(features[:, :6], keys, torch.tensor([targets]), sources[:, :6])
+        assert assigned[0].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
