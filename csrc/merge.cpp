@@ -53,8 +53,7 @@ struct Target {
 // Strides count elements; tokens are counted in the image.
 struct Image {
   const void *features, *keys;
-  void* copy;  // where all rows go, or null where only the targets' are wanted
-  int64_t row_stride, key_stride, channels, depth;
+  int64_t row_stride, key_stride, depth;
   std::vector<Target> targets;      // those that are tokens of the image
   std::vector<int64_t> sources;     // ascending
   std::vector<int32_t> chosen;      // of each source, which of the targets
@@ -228,16 +227,18 @@ void list_members(Image& image) {
   for (size_t i = 0; i < image.sources.size(); ++i) image.members[next[image.chosen[i]]++] = image.sources[i];
 }
 
-// The rows of tokens that are nobody's member: those of members are copied as they are read.
-void copy_others(const Layout& layout, const Tensor& features, const int64_t* position, int64_t row_bytes, char* out) {
+void copy_rows(const Layout& layout, const Tensor& features, int64_t row_bytes, char* out) {
   const int64_t stride = layout.stride(features) * static_cast<int64_t>(features.element_size());
-  const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / row_bytes);  // 256 KiB a task
   for (int64_t b = 0; b < layout.images; ++b) {
     const char* const from = layout.at(features, b, layout.first_token[b]);
-    const int64_t first = layout.first_token[b];
+    char* const to = out + layout.first_token[b] * row_bytes;
+    const int64_t grain = std::max<int64_t>(1, (int64_t{1} << 18) / row_bytes);  // 256 KiB a task
     parallel_over(layout.size(b), grain, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)
-        if (position[first + i] < 0) std::memcpy(out + (first + i) * row_bytes, from + i * stride, row_bytes);
+      if (stride == row_bytes) {
+        std::memcpy(to + begin * row_bytes, from + begin * row_bytes, (end - begin) * row_bytes);
+        return;
+      }
+      for (int64_t i = begin; i < end; ++i) std::memcpy(to + i * row_bytes, from + i * stride, row_bytes);
     });
   }
 }
@@ -284,7 +285,6 @@ std::tuple<Tensor, Tensor> merge_with(Tensor given_features, Tensor given_keys, 
     Image& image = images[b];
     image.features = layout.at(features, b, layout.first_token[b]);
     image.keys = layout.at(keys, b, layout.first_token[b]);
-    image.copy = rows_only ? nullptr : out + layout.first_token[b] * row_bytes, image.channels = channels;
     image.row_stride = layout.stride(features), image.key_stride = layout.stride(keys), image.depth = depth;
     read_roles(layout, b, targets, sources, image);
     for (int64_t first = 0; first < int64_t(image.sources.size()); first += kSourcesPerTask)
@@ -322,7 +322,7 @@ std::tuple<Tensor, Tensor> merge_with(Tensor given_features, Tensor given_keys, 
   }
   if (channels == 0) return {merged, assigned};
   if (!rows_only) {
-    copy_others(layout, features, position, row_bytes, out);
+    copy_rows(layout, features, row_bytes, out);
   } else {
     int64_t found = 0;
     for (const Image& image : images) found += image.targets.size();
