@@ -5,6 +5,7 @@ compiler fails, the package installs as pure Python and `hiprune info` says so; 
 error instead.
 """
 
+import glob
 import os
 import sys
 
@@ -24,8 +25,8 @@ def extension_arguments() -> dict:
 
     extension = cpp_extension.CppExtension(
         "hiprune_kernels._C",
-        ["csrc/attention.cpp", "csrc/selection.cpp", "csrc/module.cpp"],
-        depends=["csrc/attention_tiles.inc", "csrc/instruction_sets.h"],
+        ["csrc/attention.cpp", "csrc/merge.cpp", "csrc/segments.cpp", "csrc/selection.cpp", "csrc/module.cpp"],
+        depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.inc"),
         extra_compile_args=[
             "-O3",
             "-g0",

@@ -136,17 +136,6 @@ struct Kernels {
   void (*attend)(const Problem&, const Unit&, int64_t head, int64_t begin, int64_t end, float* column, float* scratch);
 };
 
-#define HP_INLINE __attribute__((always_inline)) inline
-#define HP_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define HP_TARGET_BEGIN(set) HP_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
-#define HP_TARGET_END HP_PRAGMA(clang attribute pop)
-#else
-#define HP_TARGET_BEGIN(set) HP_PRAGMA(GCC push_options) HP_PRAGMA(GCC target(set))
-#define HP_TARGET_END HP_PRAGMA(GCC pop_options)
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
-#endif
-
 namespace base {
 #define HP_LANES 4
 #define HP_ROWS 6

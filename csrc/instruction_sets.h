@@ -4,6 +4,19 @@
 
 #include <cstdint>
 
+// Inlined into a function for each instruction set, so that each gets vector code of its own.
+#define HP_INLINE __attribute__((always_inline)) inline
+// HP_TARGET_BEGIN(set) ... HP_TARGET_END: what is between them is compiled for that instruction set.
+#define HP_PRAGMA(text) _Pragma(#text)
+#if defined(__clang__)
+#define HP_TARGET_BEGIN(set) HP_PRAGMA(clang attribute push(__attribute__((target(set))), apply_to = function))
+#define HP_TARGET_END HP_PRAGMA(clang attribute pop)
+#else
+#define HP_TARGET_BEGIN(set) HP_PRAGMA(GCC push_options) HP_PRAGMA(GCC target(set))
+#define HP_TARGET_END HP_PRAGMA(GCC pop_options)
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
+#endif
+
 enum InstructionSet : int64_t { kBase, kAvx2, kAvx512, kAvx512Bf16, kInstructionSets };
 
 // Bit i is set where instruction set i was compiled in and this processor has it.

@@ -41,10 +41,14 @@ from .ops import (
     attention_with_scores,
     attention_with_scores_varlen,
     check_inputs,
+    merge_tokens,
+    merge_tokens_varlen,
     prune_tokens,
     prune_tokens_varlen,
     select_tokens,
     select_tokens_varlen,
+    select_top_segments,
+    shares,
 )
 
 if TYPE_CHECKING:
@@ -110,6 +114,8 @@ __all__ = [
     "hiprune",
     "is_patched",
     "last_selection",
+    "merge_tokens",
+    "merge_tokens_varlen",
     "prune_tokens",
     "prune_tokens_varlen",
     "record_scores",
@@ -117,6 +123,8 @@ __all__ = [
     "remove_method",
     "select_tokens",
     "select_tokens_varlen",
+    "select_top_segments",
+    "shares",
 ]
 
 

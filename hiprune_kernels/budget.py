@@ -5,7 +5,9 @@ A serving engine can call these before it has encoded anything, to lay out the p
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -100,7 +102,7 @@ def shares(weights: Sequence[float], total: int, caps: Sequence[int]) -> list[in
         raise ValueError(f"weights: expected finite numbers of at least 0, got {list(weights)}")
     budgets, left, parts = [0] * len(weights), min(total, sum(caps)), list(range(len(weights)))
     while parts:
-        scale = sum(weights[i] for i in parts)
+        scale = functools.reduce(operator.add, (weights[i] for i in parts))  # newer Pythons' sum() rounds otherwise
         quotas = {i: left * weights[i] / scale if scale else left / len(parts) for i in parts}
         full = [i for i in parts if quotas[i] >= caps[i]]
         if not full:

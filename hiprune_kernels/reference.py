@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .budget import ROLE_NAMES, Image, SelectionPlan, plan_selection
@@ -236,10 +237,16 @@ def attention_with_scores_varlen(
 # ----------------------------------------------------------------------------------------------------------- selection
 
 
+def _order(scores: Tensor, eligible: Tensor) -> Tensor:
+    """All tokens, highest score first; equal scores by index; NaN behind that, and behind all who is not eligible."""
+    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
+    behind = scores.isnan() + 2 * eligible.logical_not()
+    return order[behind[order].argsort(stable=True)]
+
+
 def _best_first(scores: Tensor, eligible: Tensor) -> Tensor:
     """Indices of the eligible tokens, highest score first; equal scores by index; NaN behind everything."""
-    order = scores.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).argsort(descending=True, stable=True)
-    order = order[scores.isnan()[order].to(torch.uint8).argsort(stable=True)]
+    order = _order(scores, eligible)
     return order[eligible[order]]
 
 
@@ -403,3 +410,129 @@ def prune_tokens_varlen(
     """`prune_planned` for packed images."""
     plan = _plan(grids, budgets, alpha, rule, neighborhood, keep_roles)
     return prune_planned(features, object_scores, deep_scores, candidate_mask, plan)
+
+
+# ------------------------------------------------------------------------------------------ budgets on the device
+
+
+def shares(weights: Tensor, caps: Tensor, totals: Sequence[int], tiles: Sequence[int]) -> Tensor:
+    """`budget.shares` of every image, operation by operation: quotas left w / sum(w), then the largest fractions.
+
+    The budgets of an image's tiles in HiRED (Arif et al., AAAI 2025) and PTP (Liang et al., arXiv 2509.15704).
+    """
+    weights = weights.detach().double().where((weights > 0) & (weights < 1e280), 0.0)
+    shared = [caps.new_empty(0, dtype=torch.int64)]
+    for w, cap, total in zip(weights.split(list(tiles)), caps.long().clamp(min=0).split(list(tiles)), totals):
+        cap, part = cap.clamp(max=total), torch.ones_like(w, dtype=torch.bool)  # those that are not full
+        left = cap.sum().clamp(max=total)
+        for _ in cap:  # each round fills one at least, or changes nothing any more
+            counted = w.where(part, 0.0)
+            counted = counted.where(counted.any(), part.double())
+            quotas = left * counted / counted.cumsum(0)[-1]
+            full = part & (quotas >= cap)
+            left, part = left - cap.where(full, 0).sum(), part & ~full
+        whole = quotas.where(part, 0.0).floor()
+        order = (quotas - whole).where(part, -1.0).argsort(descending=True, stable=True)
+        more = part & (order.argsort() < left - whole.sum())
+        shared.append((whole.long() + more).where(part, cap))
+    return torch.cat(shared)
+
+
+def select_top_segments(
+    scores: Tensor,
+    budgets: Tensor,
+    candidate_mask: Tensor | None,
+    sizes: Sequence[int],
+    tiles: Sequence[int],
+    totals: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The k best of every segment, k = min(its budget, its candidates, what is left of its image's total).
+
+    The top-k of HiRED (Arif et al., AAAI 2025) and PTP (Liang et al., arXiv 2509.15704). Nothing here asks the device.
+    """
+    eligible = torch.ones_like(scores, dtype=torch.bool) if candidate_mask is None else candidate_mask
+    roles, indices = torch.zeros_like(scores, dtype=torch.uint8), [budgets.new_empty(0, dtype=torch.int64)]
+    parts, end = iter(zip(sizes, budgets.long())), 0
+    for count, total in zip(tiles, totals):
+        first, left = end, budgets.new_tensor(total, dtype=torch.int64)
+        for size, budget in itertools.islice(parts, count):
+            part, end = slice(end, end + size), end + size
+            most = torch.minimum(eligible[part].sum(), left)
+            kept = torch.minimum(budget.clamp(min=0), most)
+            ranks = _order(scores[part], eligible[part]).argsort()
+            roles[part], left = ranks < kept, left - kept
+        found = torch.where(roles[first:end] > 0, torch.arange(first, end, device=scores.device), end)
+        found = found.sort().values[:total]
+        indices.append(torch.where(found < end, found, -1))
+    return torch.cat(indices), roles
+
+
+# --------------------------------------------------------------------------------------------------------- merging
+
+
+def _rows_or_zeros(features: Tensor, indices: Tensor) -> Tensor:
+    """`gather_rows`, of no rows too."""
+    return gather_rows(F.pad(features, (0, 0, 0, 1)), indices)
+
+
+def assigned_targets(keys: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
+    """argmax over targets t of k_s k_t / |k_t| for every source s, the first of equals: positions in `targets`, or -1.
+
+    That is the target with the largest cosine. Targets outside the image are none, and a target is no source. A key of
+    zeros has cosine 0 with all; what is not finite comes last.
+    """
+    inside = (targets >= 0) & (targets < keys.shape[1])  # [B, c]
+    if not targets.shape[1]:
+        return torch.full_like(sources, -1, dtype=torch.int64)
+    keys = keys.detach().to(torch.promote_types(keys.dtype, torch.float32))
+    theirs = _rows_or_zeros(keys, targets.where(inside, -1))  # [B, c, D]
+    products = keys @ theirs.mT / theirs.norm(dim=-1).clamp(min=1e-12)[:, None]
+    products = products.where(products.isfinite(), torch.finfo(keys.dtype).min)
+    best = products.masked_fill(~inside[:, None], -math.inf).argmax(dim=-1)
+    taken = F.pad(sources.logical_not(), (0, 1)).scatter(1, targets.where(inside, keys.shape[1]), True)[:, :-1]
+    return best.where(~taken & inside.any(dim=1, keepdim=True), -1)
+
+
+def merge_tokens(
+    features: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    sizes: Sequence[int] = (),
+    counts: Sequence[int] = (),
+    rows_only: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """x_t + mean of x_s over the sources s of target t, as VisionZip merges (Yang et al., CVPR 2025, Section 3.3)."""
+    if features.dim() == 2:  # packed
+        return _merge_packed(features, keys, targets, sources, sizes, counts, rows_only)
+    (B, N, C), c = features.shape, targets.shape[1]
+    x = features.to(torch.promote_types(features.dtype, torch.float32))
+    assigned = assigned_targets(keys, targets, sources)
+    to = assigned.where(assigned >= 0, c)  # row c takes what is nobody's
+    sums = x.new_zeros(B, c + 1, C).scatter_add(1, to[..., None].expand(B, N, C), x)
+    means = (sums / F.one_hot(to, c + 1).sum(dim=1).clamp(min=1)[..., None])[:, :c]
+    at = targets.where((targets >= 0) & (targets < N), N)  # row N is no token's
+    if rows_only:
+        return (_rows_or_zeros(x, at.where(at < N, -1)) + means).to(features.dtype), assigned
+    added = x.new_zeros(B, N + 1, C).scatter_add(1, at[..., None].expand(B, c, C), means)
+    return (x + added[:, :N]).to(features.dtype), assigned
+
+
+def _merge_packed(
+    features: Tensor,
+    keys: Tensor,
+    targets: Tensor,
+    sources: Tensor,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    rows_only: bool,
+) -> tuple[Tensor, Tensor]:
+    """`merge_tokens` of every image by itself; positions count all targets."""
+    merged, assigned, first, begin = [features[:0]], [targets[:0]], 0, 0
+    parts = (x.split(list(sizes)) for x in (features, keys, sources))
+    for x, key, source, target in zip(*parts, targets.split(list(counts))):
+        rows, to = merge_tokens(x[None], key[None], target[None] - first, source[None], rows_only=rows_only)
+        merged.append(rows[0])
+        assigned.append(to[0].where(to[0] < 0, to[0] + begin))
+        first, begin = first + len(x), begin + len(target)
+    return torch.cat(merged), torch.cat(assigned)

@@ -80,6 +80,9 @@ BAD = {
     ],
     "budgets": [*JUNK, [9], [9, None], [9, "2"], [9, 2.0], [9, True], [9, 0], [9, 10]],
     "sizes": [*no(list), [], [None], [9, 0], [9, 2.0], [9, True]],
+    "host": [*no(list, tuple), [None], [[]], [36, -1], [36, 9.0], [36, "9"], [36, True]],
+    "sums": [*no(list, tuple), [None], [[]], [36, -1], [36, 9.0], [36, "9"], [36, True], [36, 10]],
+    "totals": [*no(list, tuple), [None], [[]], [11, 2], [-1], [11.0], ["11"], [True], [46]],
     "pinpoints": [*JUNK, [(336, 672), None], [(336, 672), (336,)]],
     "layers": [*no(list, tuple, set, range), [None], [[]], (1, "2"), [1.0], [True], [0], [6]],
     "module": JUNK,
@@ -145,6 +148,44 @@ SELECT_PACKED = {
     "candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool)),
     **OPTIONS,
 }
+SEGMENTS = {
+    "budgets": ("tensor", torch.tensor([9, 2, 0])),
+    "sizes": ("host", [36, 5, 4]),
+    "tiles": ("host", [3]),
+    "totals": ("totals", [11]),
+}
+SEGMENT_MASK = {"candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool))}
+CAPS = [
+    *[x for x in JUNK if not isinstance(x, torch.Tensor)],
+    [9, -1, 0],
+    [9, 2.0, 0],
+    torch.rand(3),
+    torch.ones(2).long(),
+]
+BAD["caps"] = CAPS
+BAD["totals of shares"] = BAD["totals"][:-1]
+SHARES = {
+    "weights": ("tensor", torch.rand(3)),
+    "totals": ("totals of shares", [11]),
+    "caps": ("caps", torch.tensor([9, 2, 0])),
+    "tiles": ("host", [3]),
+}
+MERGE = {
+    "features": ("tensor", torch.randn(2, 9, 4)),
+    "keys": ("tensor", torch.randn(2, 9, 3)),
+    "targets": ("tensor", torch.tensor([[1, 3], [0, 8]])),
+    "sources": ("tensor", torch.ones(2, 9, dtype=torch.bool)),
+    "rows_only": ("bool", False),
+}
+MERGE_PACKED = {
+    "features": ("tensor", torch.randn(45, 4, requires_grad=True)),
+    "keys": ("tensor", torch.randn(45, 3)),
+    "targets": ("tensor", torch.arange(45)),
+    "sources": ("tensor", torch.ones(45, dtype=torch.bool)),
+    "sizes": ("sums", [36, 9]),
+    "counts": ("host", [36, 9]),
+    "rows_only": ("bool", True),
+}
 BUDGET = {"budget": ("int", 640), "retention": ("nothing", None)}
 ANYRES = {
     "size": ("sides", (480, 640)),
@@ -176,6 +217,10 @@ CALLS = [
     (hk.prune_tokens, {**SELECT, "features": ("tensor", torch.randn(2, 37, 3, requires_grad=True))}),
     (hk.select_tokens_varlen, SELECT_PACKED),
     (hk.prune_tokens_varlen, {**SELECT_PACKED, "features": ("tensor", torch.randn(45, 3))}),
+    (hk.select_top_segments, {"scores": ("tensor", torch.rand(45)), **SEGMENTS, **SEGMENT_MASK}),
+    (hk.shares, SHARES),
+    (hk.merge_tokens, MERGE),
+    (hk.merge_tokens_varlen, MERGE_PACKED),
     (budget.resolve_budget, {"num_tokens": ("int", 576), **BUDGET}),
     (budget.resolve_budget, {"budget": ("nothing", None), "num_tokens": ("int", 576), "retention": ("share", 0.5)}),
     (budget.tile_budgets, {"sizes": ("sizes", [576, 576]), **BUDGET}),
@@ -236,8 +281,15 @@ CHECKED = {
     "cu_seqlens_q": ("tensor?", LENGTHS),
     "cu_seqlens_k": ("tensor?", LENGTHS),
     "max_seqlen_q": ("count?", 5),
-    "candidate_mask": ("tensor?", SCORES > -1),
+    "candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool)),
     "budget": ("int?", 9),
+    "scores": ("tensor?", SCORES),
+    "keys": ("tensor?", ROWS),
+    "weights": ("tensor?", SCORES),
+    "budgets": ("tensor?", torch.tensor([9, 2, 0])),
+    "sizes": ("host?", [36, 5, 4]),
+    "tiles": ("host?", [3]),
+    "totals": ("totals?", [11]),
 }
 
 
@@ -252,7 +304,7 @@ def test_wrong_arguments_of_check_inputs_are_named(argument):
             x for x in spoiled(good[argument]) if not isinstance(x, torch.Tensor) or x.dim() == good[argument].dim()
         ]
     for value in values:
-        with pytest.raises((TypeError, ValueError), match=rf"^{argument}: expected .*got "):
+        with pytest.raises((TypeError, ValueError), match=rf"^{argument}(\[\d\])?: expected .*got "):
             hk.check_inputs(**{**good, argument: value})
 
 

@@ -10,6 +10,8 @@ from .attention import (
 )
 from .inputs import check_inputs
 from .library import KernelStatus, kernel_status
+from .merge import merge_tokens, merge_tokens_varlen
+from .segments import select_top_segments, shares
 from .selection import prune_tokens, prune_tokens_varlen, select_tokens, select_tokens_varlen
 
 __all__ = [
@@ -22,8 +24,12 @@ __all__ = [
     "attention_with_scores_varlen",
     "check_inputs",
     "kernel_status",
+    "merge_tokens",
+    "merge_tokens_varlen",
     "prune_tokens",
     "prune_tokens_varlen",
     "select_tokens",
     "select_tokens_varlen",
+    "select_top_segments",
+    "shares",
 ]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from .. import reference
 from ..budget import check_int
-from .checks import check_dense, check_floating
+from .checks import check_dense, check_floating, check_shape
+from .segments import check_integers, check_segments
 
 
 def check_inputs(
@@ -23,20 +28,30 @@ def check_inputs(
     max_seqlen_q: int | None = None,
     candidate_mask: Tensor | None = None,
     budget: int | None = None,
+    scores: Tensor | None = None,
+    keys: Tensor | None = None,
+    weights: Tensor | None = None,
+    budgets: Tensor | None = None,
+    sizes: Sequence[int] | None = None,
+    tiles: Sequence[int] | None = None,
+    totals: Sequence[int] | None = None,
 ) -> None:
     """Check what only the data shows, before handing the same arguments to an operator. Synchronises with the device.
 
     The operators check metadata only (shapes, dtypes, devices), so that they never wait for a GPU and compile without
     graph breaks. Here: floating-point tensors must be finite, cumulative lengths must start at 0, never decrease and
     end at the number of packed rows, `max_seqlen_q` must cover the longest segment, and every image must have at least
-    `budget` candidates.
+    `budget` candidates. Weights must not be negative; budgets on the device must be what their segments can give, and
+    come to the totals of their images.
 
     Args:
-        query, key, value, features, object_scores, deep_scores: floating-point tensors, checked for NaN and infinity.
+        query, key, value, features, object_scores, deep_scores, scores, keys, weights: floating-point tensors, checked
+            for NaN and infinity.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32, for packed `query` and `key` [T, H, D], which must be given too.
         max_seqlen_q: the value meant for the varlen operators.
-        candidate_mask: [B, N] bool, checked against `budget`.
+        candidate_mask: [B, N] bool, checked against `budget`; or [T], against `budgets`.
         budget: tokens kept per image.
+        budgets, sizes, tiles, totals: as in `select_top_segments`; with the first one all are needed.
 
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
@@ -47,7 +62,8 @@ def check_inputs(
         ValueError: object_scores: expected finite values, got 1 NaN and 0 infinite of 2
     """
     tensors = {"query": query, "key": key, "value": value, "features": features}
-    for name, tensor in {**tensors, "object_scores": object_scores, "deep_scores": deep_scores}.items():
+    tensors |= {"object_scores": object_scores, "deep_scores": deep_scores}
+    for name, tensor in {**tensors, "scores": scores, "keys": keys, "weights": weights}.items():
         if tensor is None:
             continue
         _check_data(name, tensor)
@@ -59,6 +75,8 @@ def check_inputs(
             raise ValueError(
                 f"{name}: expected finite values, got {nan} NaN and {infinite} infinite of {tensor.numel()}"
             )
+        if name == "weights" and bool((tensor < 0).any()):
+            raise ValueError(f"weights: expected at least 0, got {float(tensor.min())}")
     _check_lengths("cu_seqlens_q", cu_seqlens_q, "query", query)
     _check_lengths("cu_seqlens_k", cu_seqlens_k, "key", key)
     if max_seqlen_q is not None:
@@ -78,6 +96,27 @@ def check_inputs(
             if fewest < budget:
                 expected = f"at least budget={budget} candidates per image"
                 raise ValueError(f"candidate_mask: expected {expected}, got {fewest}")
+    if budgets is not None:
+        _check_budgets(budgets, sizes, tiles, totals, candidate_mask)
+
+
+def _check_budgets(budgets: Tensor, sizes: Any, tiles: Any, totals: Any, candidate_mask: Tensor | None) -> None:
+    check_segments(sizes, tiles, totals)
+    _check_data("budgets", budgets)
+    check_integers("budgets", budgets, len(sizes), "budgets", budgets)
+    room = list(sizes)
+    if candidate_mask is not None:
+        check_shape("candidate_mask", candidate_mask, "T", (sum(sizes),))
+        room = [int(part.sum()) for part in candidate_mask.split(room)]
+    values = budgets.tolist()
+    for r, (value, most) in enumerate(zip(values, room)):
+        if not 0 <= value <= most:
+            raise ValueError(f"budgets: expected 0..{most}, the candidates of segment {r}, got {value}")
+    parts = iter(values)
+    for i, (count, total) in enumerate(zip(tiles, totals)):
+        found = sum(itertools.islice(parts, count))
+        if found != total:
+            raise ValueError(f"budgets: expected a sum of {total}, the total of image {i}, got {found}")
 
 
 def _check_lengths(name: str, cu_seqlens: Tensor | None, rows_name: str, rows: Tensor | None) -> None:
