@@ -17,6 +17,7 @@ from .base import (
     Seen,
     TokenLayout,
     areas_of_tiles,
+    best_first,
     best_of_tiles,
     cls_queries,
     image_budgets,
@@ -61,6 +62,8 @@ class HiRED(Method):
     def needs(self, encoder: EncoderFacts) -> Needs:
         if not encoder.has_cls and not encoder.tiled:
             raise ValueError(f"HiRED: expected an encoder with a CLS token, or tiles, got {encoder.name}")
+        if self.rule == "paper" and encoder.tiled and not encoder.places_tiles:
+            raise ValueError(f'rule: expected "official", as {encoder.name} does not tell where tiles lie, got "paper"')
         queries = cls_queries(encoder)
         return Needs(scores={encoder.feature_layer: queries} | ({1: queries} if encoder.tiled else {}))
 
@@ -105,16 +108,14 @@ class HiRED(Method):
     def _bands(self, scores: Tensor, count: int) -> list[int]:
         """How many of the thumbnail's hot tokens are in each band of its raster order."""
         hot = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        hot[scores.sort(descending=True, stable=True).indices[: int(len(scores) * (1 - self.alpha))]] = 1
-        band = len(scores) // count
+        hot[best_first(scores)[: int(len(scores) * (1 - self.alpha))]] = 1
+        band = max(1, len(scores) // count)
         return [int(part.sum()) for part in hot.split(band)][:count]
 
     def _rectangles(self, seen: Seen, image: int, scores: Tensor) -> list[float]:
         layout = seen.layout
-        if len(layout.grids) > 1 and layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
+        if layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
             return [1.0]  # the sub-images are mixed into one
-        if layout.tile_grids is None:
-            raise ValueError('rule: expected "official", as this model does not tell where its tiles lie, got "paper"')
         return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
 
 

@@ -20,6 +20,8 @@ from .base import (
     TokenLayout,
     areas_of_tiles,
     best_of_tiles,
+    check_decoder_layer,
+    check_encoder_layer,
     cls_queries,
     image_budgets,
     no_cls_note,
@@ -79,17 +81,30 @@ class PTP(Method):
         check_share("alpha", self.alpha)
         if self.region not in ("features", "attention"):
             raise ValueError(f'region: expected "features" or "attention", got {self.region!r}')
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
+            raise TypeError(f"temperature: expected a float, got {type(self.temperature).__name__}")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature!r}")
         for name in ("saliency_layer", "region_layer", "instruction_layer"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
+        if type(self.scale_instruction) is not bool:
+            raise TypeError(f"scale_instruction: expected a bool, got {type(self.scale_instruction).__name__}")
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        for name in ("saliency_layer", "region_layer"):
+            if getattr(self, name) is not None:
+                check_encoder_layer(name, getattr(self, name), encoder)
+        if self.instruction_layer is not None:
+            check_decoder_layer("instruction_layer", self.instruction_layer, encoder)
         queries, region_layer = cls_queries(encoder), None
         scores = {self._saliency_layer(encoder): queries}
         if encoder.tiled and self.region == "attention":
+            if not encoder.places_tiles:
+                raise ValueError(
+                    f'region: expected "features", as {encoder.name} does not tell where tiles lie, got "attention"'
+                )
             scores[encoder.feature_layer] = queries
         elif encoder.tiled:
             region_layer = self.region_layer or encoder.feature_layer
@@ -161,10 +176,6 @@ class PTP(Method):
 
     def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
         layout = seen.layout
-        if layout.tile_grids is None:
-            raise ValueError(
-                'region: expected "features", as this model does not tell where its tiles lie, got "attention"'
-            )
         sizes = layout.sizes[tiles]
         whole = layout.thumbnail % len(sizes)
         first = tokens.start + sum(sizes[:whole])
@@ -174,8 +185,9 @@ class PTP(Method):
 
 
 def _minmax(values: Tensor) -> Tensor:
-    """Brought to 0..1; 0 where all are equal."""
-    low, high = values.min(), values.max()
+    """Brought to 0..1; 0 where all are equal. NaN stays NaN, and is left out of account."""
+    number = ~values.isnan()
+    low, high = values.where(number, math.inf).min(), values.where(number, -math.inf).max()
     return torch.where(high > low, (values - low) / (high - low), 0.0)
 
 

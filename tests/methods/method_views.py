@@ -1,0 +1,380 @@
+"""What a method sees, of random numbers or of a tiny model, and what stock code computes on what it keeps."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+from models import VIDEO_TOKEN, VLM_CASES, prompt
+from torch import Tensor
+
+import hiprune_kernels as hk
+from hiprune_kernels.facts import ENCODERS, EncoderFacts
+from hiprune_kernels.methods import Method, Picks, Seen, TokenLayout
+from hiprune_kernels.patch import FAMILIES
+from hiprune_kernels.patch.selfcheck import _NEW_TOKENS, _beam_search, _prefill, _Row, _row_logits
+
+CLIP = EncoderFacts(
+    "clip_vision_model",
+    ENCODERS["clip_vision_model"],
+    depth=24,
+    feature_layer=23,
+    num_prefix_tokens=1,
+    decoder_layers=8,
+    attention_layers=tuple(range(1, 9)),
+)
+TILED = CLIP._replace(tiled=True, **({"places_tiles": True} if "places_tiles" in EncoderFacts._fields else {}))
+SIGLIP = TILED._replace(
+    model_type="siglip_vision_model",
+    kind=ENCODERS["siglip_vision_model"],
+    depth=26,
+    feature_layer=26,
+    num_prefix_tokens=0,
+)
+INTERN = CLIP._replace(
+    model_type="internvl_vision", kind=ENCODERS["internvl_vision"], feature_layer=24, tiled=True, class_name="InternVL"
+)
+QWEN = CLIP._replace(
+    model_type="qwen2_vl_vision",
+    kind=ENCODERS["qwen2_vl_vision"],
+    depth=32,
+    feature_layer=32,
+    num_prefix_tokens=0,
+)
+
+# ------------------------------------------------------------------------------------------------- of random numbers
+
+
+def layout_of(*images: list[tuple[int, ...]], padding: list[int] | None = None, **others) -> TokenLayout:
+    """Images given as the grids of their tiles; `padding` are tokens that never reach the prompt."""
+    layout = TokenLayout(tuple(grid for image in images for grid in image), tuple(map(len, images)), **others)
+    if padding is None:
+        return layout
+    candidates = torch.ones(sum(layout.sizes), dtype=torch.bool)
+    candidates[padding] = False
+    return layout.with_candidates(candidates)
+
+
+_TILED = {"thumbnail": 0, "tile_grids": ((2, 2), (1, 2))}
+LAYOUTS = {
+    "one image": layout_of([(6, 6)]),
+    "images of several sizes": layout_of([(4, 5)], [(2, 3)], [(6, 2)]),
+    "a video": layout_of([(3, 3, 4)], [(3, 3)]),
+    "tiles": layout_of([(4, 4)] * 5, [(4, 4)] * 3, **_TILED),
+    "thumbnail last": layout_of([(4, 4)] * 3, [(4, 4)], [(4, 4)] * 7, thumbnail=-1),
+    "padding": layout_of(
+        [(4, 4)] * 5, [(4, 4)] * 3, padding=[*range(16, 24), *range(32, 40), 66, 67, 99, 103, 107], **_TILED
+    ),
+    "a tile of padding alone": layout_of([(3, 3)] * 3, padding=[*range(9, 18), 20], thumbnail=0, tile_grids=((1, 2),)),
+    "one-token tiles": layout_of([(1, 1)] * 3, [(1, 1)], thumbnail=0, tile_grids=((2, 1), (1, 1))),
+    "mixed tiles": layout_of(
+        [(4, 4), (5, 7)], [(4, 4)], thumbnail=0, tile_grids=((2, 3), (1, 1)), encoder_tiles=(7, 1)
+    ),
+}
+
+
+def seen_of(method: Method, layout: TokenLayout, encoder: EncoderFacts = CLIP, seed: int = 0, **changes) -> Seen:
+    """What a method asks for, of random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    needs, total, images = method.needs(encoder), sum(layout.sizes), len(layout.tiles)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    seen = {"scores": {layer: noise(total).exp() for layer in needs.scores}}
+    seen["keys"] = noise(total, 8) if needs.keys else None
+    seen["features"] = noise(total, 16) if needs.features != "none" else None
+    seen["encoder_features"] = noise(total, 12) if needs.features == "both" else None
+    seen["regions"] = noise(sum(layout.encoder_tiles or layout.tiles), 6) if needs.region_features else None
+    if needs.text:
+        seen["text"] = [noise(3 + i, 16) for i in range(images)]
+        seen["text_ids"] = [torch.arange(5 + 3 * i, 8 + 4 * i) for i in range(images)]
+    seen["text_scores"] = noise(total).exp() if needs.text_attention else None
+    return Seen(layout, **{**seen, **changes}, encoder=encoder)
+
+
+def tiles_of(layout: TokenLayout) -> list[list[list[int]]]:
+    """The candidates of each tile of each image, counted in T."""
+    first, found = 0, []
+    candidates = [True] * sum(layout.sizes) if layout.candidates is None else layout.candidates.tolist()
+    for tiles, _ in layout.images():
+        image = []
+        for size in layout.sizes[tiles]:
+            image.append([token for token in range(first, first + size) if candidates[token]])
+            first += size
+        found.append(image)
+    return found
+
+
+def best(scores, places: list[int], count: int) -> list[int]:
+    """The places with the highest scores, best first; the lowest of equals."""
+    return sorted(places, key=lambda place: (-float(scores[place]), place))[:count]
+
+
+def by_shares(weights: list[float], total: int, caps: list[int]) -> list[int]:
+    """Exact shares: whoever would get his cap has it; then whole parts; then one each to the largest fractions."""
+    found, open_, total = [0] * len(caps), list(range(len(caps))), min(total, sum(caps))
+    while open_:
+        left, scale = total - sum(found), sum(weights[i] for i in open_)
+        quota = {i: left * weights[i] / scale if scale else left / len(open_) for i in open_}
+        if not (full := [i for i in open_ if quota[i] >= caps[i]]):
+            break
+        for i in full:
+            found[i] = caps[i]
+        open_ = [i for i in open_ if i not in full]
+    left = total - sum(found)
+    for i in open_:
+        found[i] = int(quota[i])
+    rest = left - sum(found[i] for i in open_)
+    for i in sorted(open_, key=lambda i: (-(quota[i] - int(quota[i])), i))[:rest]:
+        found[i] += 1
+    return found
+
+
+def of_images(picks: Picks, layout: TokenLayout) -> list[dict[int, int]]:
+    """What is kept of each image: token, counted in T, -> role."""
+    found, row = [], 0
+    for tiles, tokens in layout.images():
+        count = sum(picks.counts[tiles])
+        indices = [index for index in picks.indices[row : row + count].tolist() if index >= 0]
+        roles = picks.roles[tokens].tolist()
+        assert indices == [tokens.start + i for i, role in enumerate(roles) if role]
+        found.append({index: roles[index - tokens.start] for index in indices})
+        row += count
+    assert row == len(picks.indices) and next(reversed([0, *picks.counts])) >= 0
+    return found
+
+
+def selected(method: Method, seen: Seen) -> list[dict[int, int]]:
+    """`of_images` of picks that hold what a method promises: from sizes alone as many as there are, in each tile."""
+    layout = seen.layout
+    picks = method.select(seen)
+    bare = TokenLayout(layout.grids, layout.tiles, candidate_counts=layout.candidate_counts, thumbnail=layout.thumbnail)
+    assert method.kept(bare) == [sum(picks.counts[tiles]) for tiles, _ in layout.images()]
+    assert picks.indices.dtype == torch.int64 and picks.roles.dtype == torch.uint8
+    assert all(type(count) is int and count >= 0 for count in picks.counts)
+    assert picks.fills or not bool((picks.indices < 0).any())
+    first = 0
+    for own, size in zip(picks.indices.split(list(picks.counts)), layout.sizes):
+        real = own[own >= 0]
+        assert torch.equal(own[: len(real)], real) and bool((real.diff() > 0).all())
+        assert bool(((real >= first) & (real < first + size)).all())
+        first += size
+    assert len(picks.roles) == first and int(picks.roles.max()) <= len(method.roles)
+    found = of_images(picks, layout)
+    for image, tiles in zip(found, tiles_of(layout)):
+        assert set(image) <= {token for tile in tiles for token in tile}
+    return found
+
+
+def image_of(seen: Seen, image: int) -> Seen:
+    """What is seen of one image alone."""
+    layout = seen.layout
+    tiles, tokens = list(layout.images())[image]
+    rows = layout.encoder_tiles or layout.tiles
+    own = TokenLayout(
+        layout.grids[tiles],
+        (layout.tiles[image],),
+        thumbnail=layout.thumbnail,
+        tile_grids=None if layout.tile_grids is None else layout.tile_grids[image : image + 1],
+        encoder_tiles=None if layout.encoder_tiles is None else layout.encoder_tiles[image : image + 1],
+    )
+    if layout.candidates is not None:
+        own = own.with_candidates(layout.candidates[tokens])
+
+    def part(value, where):
+        return None if value is None else value[where]
+
+    one = slice(image, image + 1)
+    return seen._replace(
+        layout=own,
+        scores={layer: scores[tokens] for layer, scores in seen.scores.items()},
+        keys=part(seen.keys, tokens),
+        features=part(seen.features, tokens),
+        encoder_features=part(seen.encoder_features, tokens),
+        regions=part(seen.regions, slice(sum(rows[:image]), sum(rows[: image + 1]))),
+        text=part(seen.text, one),
+        text_ids=part(seen.text_ids, one),
+        text_scores=part(seen.text_scores, tokens),
+    )
+
+
+def assert_images_alone(method: Method, seen: Seen) -> None:
+    """What is kept of an image does not depend on its neighbours; a second run gives the same."""
+    found = selected(method, seen)
+    assert selected(method, seen) == found
+    for image, (_, tokens) in enumerate(seen.layout.images()):
+        alone = selected(method, image_of(seen, image))[0]
+        if len(alone) == tokens.stop - tokens.start:  # then the method is not asked: all have the last role
+            alone = dict.fromkeys(alone, len(method.roles))
+        assert {tokens.start + token: role for token, role in alone.items()} == found[image]
+
+
+def assert_scale_is_nothing(method: Method, seen: Seen, scale: float) -> None:
+    """Positive factors of scores, features and keys."""
+
+    def scaled(value):
+        return None if value is None else value * scale
+
+    other = seen._replace(
+        scores={layer: scores * scale for layer, scores in seen.scores.items()},
+        **{name: scaled(getattr(seen, name)) for name in ("keys", "features", "encoder_features", "text_scores")},
+    )
+    assert selected(method, other) == selected(method, seen)
+
+
+# --------------------------------------------------------------------------------------------------- of a tiny model
+
+
+@functools.cache
+def tiny(name: str):
+    """A stock model of a family, and inputs of two prompts; whoever patches it takes the patch off."""
+    model, inputs = VLM_CASES[name]()
+    with torch.no_grad():
+        model(**inputs, output_hidden_states=True)  # installs transformers' own hooks, once and for all
+    return model, inputs
+
+
+@dataclasses.dataclass
+class Forward:
+    """A forward of a pruned model: what its method saw of each run, and what it picked."""
+
+    seen: list[Seen]
+    picks: list[Picks]
+    logits: Tensor
+    selections: list
+
+
+@contextlib.contextmanager
+def watched(method: Method) -> Iterator[list[tuple[Seen, Picks]]]:
+    """What `select` of this class is given, and gives."""
+    record, select = [], type(method).select
+
+    def recording(self, seen):
+        picks = select(self, seen)
+        record.append((seen, picks))
+        return picks
+
+    with mock.patch.object(type(method), "select", recording):
+        yield record
+
+
+def forward(model, method: Method, inputs: dict, **options) -> Forward:
+    with hk.applied(model, method, **options), watched(method) as record, torch.no_grad():
+        logits = model(**inputs).logits
+        selections = hk.last_selection(model)
+    assert not hk.is_patched(model)
+    return Forward([seen for seen, _ in record], [picks for _, picks in record], logits, selections)
+
+
+def placeholder_tokens(model, inputs: dict, layouts: list[TokenLayout]) -> list[tuple[Tensor, Tensor]]:
+    """Of each run: where its placeholders are, [B, L], and which token each is for, -1 for newlines and CLS rows."""
+    ids, found = inputs["input_ids"], []
+    for number, layout in enumerate(layouts):
+        videos = "pixel_values_videos" in inputs and number == len(layouts) - 1
+        places = ids == (VIDEO_TOKEN if videos else model.config.image_token_id)
+        total, tokens = sum(layout.sizes), layout.placeholders
+        if tokens is None:
+            tokens = torch.arange(total)
+            if int(places.sum()) == total + len(layout.grids):  # a CLS row leads each tile
+                tokens = torch.nn.functional.pad(tokens.view(len(layout.grids), -1), (1, 0), value=-1).flatten()
+        assert int(places.sum()) == len(tokens)
+        found.append((places, tokens))
+    return found
+
+
+def expected_rows(
+    model, inputs: dict, made: Forward, original: bool = False, changed: Callable | None = None
+) -> list[_Row]:
+    """The prompts as the language model is to see them: stock embeddings without those of dropped tokens.
+
+    `changed` says what stands for the tokens of a run, from the stock embeddings [T, C] of them: [T, C].
+    """
+    with torch.no_grad():
+        _, embeds, arguments = _prefill(model, FAMILIES[model.config.model_type].host(model), inputs)
+    keep, embeds = inputs["attention_mask"].bool().clone(), embeds.clone()
+    for number, (places, tokens) in enumerate(placeholder_tokens(model, inputs, [s.layout for s in made.seen])):
+        kept = torch.cat([made.picks[number].roles > 0, torch.tensor([True])])
+        keep[places] = kept[tokens]
+        if changed is not None:
+            own = embeds.new_zeros(len(made.picks[number].roles), embeds.shape[-1])
+            own[tokens[tokens >= 0]] = embeds[places][tokens >= 0]
+            rows = changed(number, own)
+            embeds[places] = torch.where((tokens >= 0)[:, None], rows[tokens], embeds[places])
+    visual = arguments.get("visual_pos_masks")
+    visual = torch.zeros_like(keep) if visual is None else visual
+    deepstack = [
+        torch.zeros_like(embeds).masked_scatter(visual[..., None], level)
+        for level in arguments.get("deepstack_visual_embeds") or ()
+    ]
+    rows = []
+    for i, here in enumerate(keep):
+        positions = torch.arange(int(here.sum()))[None]
+        if original:
+            positions = (inputs["attention_mask"][i].cumsum(dim=0) - 1)[here][None]
+        if FAMILIES[model.config.model_type].multimodal_positions:
+            positions = torch.cat([torch.arange(int(here.sum()))[None], arguments["position_ids"][-3:, i, here]])
+        own = visual[i, here]
+        rows.append(_Row(embeds[i, here], positions, own, [level[i, here][own] for level in deepstack]))
+    return rows
+
+
+def assert_logits(model, found: Tensor, rows: list[_Row], inputs: dict) -> None:
+    """Logits of each row are those of stock code, at the columns that they have counted from the end."""
+    length = inputs["input_ids"].shape[1]
+    for logits, row, mask in zip(found, rows, inputs["attention_mask"], strict=True):
+        end = logits.shape[0] - (length - int(mask.nonzero().max()) - 1)
+        with torch.no_grad():
+            expected = _row_logits(model, row)
+        error, largest = (logits[end - len(row.embeds) : end] - expected).abs().max(), expected.abs().max()
+        assert float(error) <= 1e-3 * float(largest)
+        assert float((expected - expected.roll(1, dims=0)).abs().max()) > 1e-2 * float(largest)
+
+
+def generated(model, inputs: dict, **options) -> list[list[int]]:
+    """The tokens that `generate` adds."""
+    sequences = model.generate(**inputs, **_options(model), **options)
+    return sequences[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+def _options(model) -> dict:
+    return {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "suppress_tokens": sorted(_forbidden(model))}
+
+
+def _forbidden(model) -> set[int]:
+    return {getattr(model.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
+
+
+def expected_tokens(model, rows: list[_Row], width: int = 1) -> list[list[int]]:
+    """The same by stock code on these rows, one full forward a token."""
+    with torch.no_grad():
+        return [_beam_search(model, row, _forbidden(model), width=width) for row in rows]
+
+
+def assert_model_prunes(
+    model, method: Method, inputs: dict, reference: Callable, changed: Callable | None = None, **options
+) -> Forward:
+    """The picks are those of the reference for what is seen, logits and greedy tokens those of stock code on them.
+
+    `reference` is handed the method and what is seen, and gives for each image the kept tokens and their roles.
+    `changed`, of methods that merge, is handed the forward, the number of the run, and stock rows [T, C].
+    """
+    made = forward(model, method, inputs, **options)
+    for seen, picks in zip(made.seen, made.picks, strict=True):
+        assert of_images(picks, seen.layout) == reference(method, seen)
+    kept = [image for seen, picks in zip(made.seen, made.picks) for image in of_images(picks, seen.layout)]
+    assert [len(image) for image in kept] == [len(selection.indices) for selection in made.selections]
+    change = None if changed is None else functools.partial(changed, made)
+    rows = expected_rows(model, inputs, made, original=method.original_positions, changed=change)
+    assert_logits(model, made.logits, rows, inputs)
+    with hk.applied(model, method, **options):
+        assert generated(model, inputs) == expected_tokens(model, rows)
+    return made
+
+
+def text_prompt(*parts, seed: int = 0) -> list[int]:
+    return prompt(*parts, seed=seed)
