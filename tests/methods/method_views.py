@@ -16,7 +16,7 @@ import hiprune_kernels as hk
 from hiprune_kernels.facts import ENCODERS, EncoderFacts
 from hiprune_kernels.methods import Method, Picks, Seen, TokenLayout
 from hiprune_kernels.patch import FAMILIES
-from hiprune_kernels.patch.selfcheck import _NEW_TOKENS, _beam_search, _prefill, _Row, _row_logits
+from hiprune_kernels.patch.selfcheck import _NEW_TOKENS, _extended, _prefill, _Row
 
 CLIP = EncoderFacts(
     "clip_vision_model",
@@ -323,13 +323,24 @@ def expected_rows(
     return rows
 
 
+def row_logits(model, row: _Row) -> Tensor:
+    """Stock logits [K, V] of one prompt. With a mask: without, stock code takes gaps in positions for ends of texts."""
+    arguments = {"inputs_embeds": row.embeds[None], "position_ids": row.positions[:, None]}
+    if len(row.positions) == 1:
+        arguments["position_ids"] = row.positions
+    if row.deepstack and bool(row.visual.any()):
+        arguments |= {"visual_pos_masks": row.visual[None], "deepstack_visual_embeds": row.deepstack}
+    arguments |= {"attention_mask": torch.ones(1, len(row.embeds), dtype=torch.long), "use_cache": False}
+    return model.lm_head(model.model.language_model(**arguments).last_hidden_state)[0]
+
+
 def assert_logits(model, found: Tensor, rows: list[_Row], inputs: dict) -> None:
     """Logits of each row are those of stock code, at the columns that they have counted from the end."""
     length = inputs["input_ids"].shape[1]
     for logits, row, mask in zip(found, rows, inputs["attention_mask"], strict=True):
         end = logits.shape[0] - (length - int(mask.nonzero().max()) - 1)
         with torch.no_grad():
-            expected = _row_logits(model, row)
+            expected = row_logits(model, row)
         error, largest = (logits[end - len(row.embeds) : end] - expected).abs().max(), expected.abs().max()
         assert float(error) <= 1e-3 * float(largest)
         assert float((expected - expected.roll(1, dims=0)).abs().max()) > 1e-2 * float(largest)
@@ -352,7 +363,20 @@ def _forbidden(model) -> set[int]:
 def expected_tokens(model, rows: list[_Row], width: int = 1) -> list[list[int]]:
     """The same by stock code on these rows, one full forward a token."""
     with torch.no_grad():
-        return [_beam_search(model, row, _forbidden(model), width=width) for row in rows]
+        return [_beam_search(model, row, width) for row in rows]
+
+
+def _beam_search(model, row: _Row, width: int) -> list[int]:
+    beams: list[tuple[float, list[int]]] = [(0.0, [])]
+    for _ in range(_NEW_TOKENS):
+        candidates = []
+        for score, tokens in beams:
+            scores = row_logits(model, _extended(model, row, tokens))[-1].log_softmax(dim=-1)
+            scores[sorted(_forbidden(model))] = -torch.inf
+            found = scores.topk(width)
+            candidates += [(score + float(step), [*tokens, int(token)]) for step, token in zip(*found)]
+        beams = sorted(candidates, reverse=True)[:width]
+    return beams[0][1]
 
 
 def assert_model_prunes(
