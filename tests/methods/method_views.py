@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
 import torch
-from models import VIDEO_TOKEN, VLM_CASES, prompt
+import transformers
+from models import VIDEO_TOKEN, VLM_CASES
 from torch import Tensor
 
 import hiprune_kernels as hk
@@ -400,5 +402,92 @@ def assert_model_prunes(
     return made
 
 
-def text_prompt(*parts, seed: int = 0) -> list[int]:
-    return prompt(*parts, seed=seed)
+def stock_towers(model, inputs: dict) -> list[tuple[Tensor, Tensor]]:
+    """Of each CLIP or SigLIP tower that runs: the feature layer's output, and its keys averaged over heads, [B, N, ...]."""
+    states, keys, hooks = [], [], []
+    index = model.config.vision_feature_layer
+    for name in ("vision_tower", "image_tower", "video_tower"):
+        if not hasattr(model.model, name):
+            continue
+        tower = getattr(model.model, name)
+        layers = getattr(tower, "vision_model", tower).encoder.layers
+        layer = layers[index if index < 0 else index - 1]
+        heads = layer.self_attn.num_heads
+        hooks.append(layer.register_forward_hook(lambda _, args, output: states.append(output)))
+        hooks.append(
+            layer.self_attn.k_proj.register_forward_hook(
+                lambda _, args, output, heads=heads: keys.append(output.unflatten(-1, (heads, -1)).mean(dim=-2))
+            )
+        )
+    with torch.no_grad():
+        model(**inputs)
+    for hook in hooks:
+        hook.remove()
+    return [(s[0] if isinstance(s, tuple) else s, k) for s, k in zip(states, keys, strict=True)]
+
+
+# ------------------------------------------------------------------------------------------------------ CLIP's text
+
+_BOS, _EOS = 198, 199
+
+
+class Words:
+    """The tokenizer of a tiny model: token 7 is the word "w7"."""
+
+    def decode(self, ids: Tensor, skip_special_tokens: bool = False) -> str:
+        assert skip_special_tokens
+        return " ".join(f"w{token}" for token in ids.tolist())
+
+
+def clip_words(text: str) -> dict[str, list[int]]:
+    """CLIP's tokenizer, which knows other numbers for words, and ends a text with its highest."""
+    return {"input_ids": [_BOS, *(1 + int(word[1:]) * 7 % 190 for word in text.split()), _EOS]}
+
+
+@functools.cache
+def tiny_with_clip(name: str):
+    """A tiny model whose vision towers are a CLIP's, its inputs, and the text side of that CLIP."""
+    model, inputs = VLM_CASES[name]()
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {**sizes, "vocab_size": 200, "bos_token_id": _BOS, "eos_token_id": _EOS, "pad_token_id": 0}
+    text["initializer_factor"] = 10.0
+    config = transformers.CLIPConfig(
+        text_config=text, vision_config=model.config.vision_config.to_dict(), projection_dim=24
+    )
+    clip = transformers.CLIPModel._from_config(config).eval()
+    clip.visual_projection.weight.data.normal_()
+    clip.text_projection.weight.data.normal_()
+    norm = clip.vision_model.post_layernorm  # norms of a new model are all alike
+    norm.weight.data.add_(torch.randn_like(norm.weight) / 4)
+    for tower in ("vision_tower", "image_tower", "video_tower"):
+        if hasattr(model.model, tower):
+            tower = getattr(model.model, tower)
+            getattr(tower, "vision_model", tower).load_state_dict(clip.vision_model.state_dict())
+    return model, inputs, hk.ClipText(clip=clip, clip_tokenizer=clip_words, tokenizer=Words())
+
+
+def clip_sides(text: hk.ClipText, rows: Tensor, words: list[int]) -> tuple[Tensor, Tensor]:
+    """In float64: patches [T, D] of rows that left the feature layer, and the embeddings of the text's segments [S, D]."""
+    clip = copy.deepcopy(text.clip).double()
+    with torch.no_grad():
+        patches = clip.visual_projection(clip.vision_model.post_layernorm(rows.double()))
+        ids = clip_words(" ".join(f"w{word}" for word in words))["input_ids"]
+        segments = [ids[i : i + 77] for i in range(0, len(ids), 77)]
+        segments[-1] += [0] * (77 - len(segments[-1]))
+        pooled = [clip.text_model(input_ids=torch.tensor([segment])).pooler_output for segment in segments]
+        return patches, clip.text_projection(torch.cat(pooled))
+
+
+def texts_of_images(model, inputs: dict, seen: list[Seen]) -> list[list[list[int]]]:
+    """Of each image of each run the ids of its prompt's text."""
+    visual = sorted(_forbidden(model))
+    found = []
+    for (places, tokens), one in zip(placeholder_tokens(model, inputs, [s.layout for s in seen]), seen):
+        where, own = places.nonzero()[:, 0].tolist(), []
+        for _, image in one.layout.images():
+            row = next(r for r, t in zip(where, tokens.tolist()) if image.start <= t < image.stop)
+            ids, mask = inputs["input_ids"][row].tolist(), inputs["attention_mask"][row].tolist()
+            own.append([token for token, real in zip(ids, mask) if real and token not in visual])
+        found.append(own)
+    return found

@@ -24,6 +24,7 @@ from method_views import (
     layout_of,
     seen_of,
     selected,
+    stock_towers,
     tiles_of,
     tiny,
 )
@@ -234,31 +235,6 @@ def test_wrong_options(options, error, message):
 
 
 # ---------------------------------------------------------------------------------------------------- on tiny models
-
-
-def stock_towers(model, inputs: dict) -> list[tuple[Tensor, Tensor]]:
-    """Of each vision tower that runs: the feature layer's output, and its keys averaged over heads: [B, 1 + N, ...]."""
-    host, found = model.model, []
-    towers = [getattr(host, name) for name in ("vision_tower", "image_tower", "video_tower") if hasattr(host, name)]
-    index = model.config.vision_feature_layer
-    hooks = []
-    for tower in towers:
-        encoder = getattr(tower, "vision_model", tower).encoder
-        layer = encoder.layers[index if index >= 0 else len(encoder.layers) + index]
-        hooks.append(layer.register_forward_hook(lambda _, args, output: states.append(output)))
-        heads = layer.self_attn.num_heads
-        hooks.append(
-            layer.self_attn.k_proj.register_forward_hook(
-                lambda _, args, output, heads=heads: keys.append(output.unflatten(-1, (heads, -1)).mean(dim=-2))
-            )
-        )
-    states, keys = [], []
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    found += [(s[0] if isinstance(s, tuple) else s, k) for s, k in zip(states, keys, strict=True)]
-    return found
 
 
 def assert_merges(model, method, inputs: dict) -> None:
