@@ -88,7 +88,9 @@ def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=features.device)
     features = F.normalize(features.float(), dim=-1)
-    kernel = quality[:, None] * (features @ features.T) * quality  # [N, N]
+    cosines = features @ features.T  # [N, N]
+    cosines.diagonal().copy_((features != 0).any(dim=-1))  # 1 to the last bit: equally relevant tokens are equal
+    kernel = quality[:, None] * cosines * quality
     gain, chosen, basis = kernel.diagonal().clone(), [], torch.zeros(0, len(kernel), device=kernel.device)
     least = 1e-12 * gain.max()
     taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)

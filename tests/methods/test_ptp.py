@@ -32,7 +32,7 @@ from method_views import (
     tiles_of,
     tiny,
 )
-from models import VLM_CASES, anyres_batch, batch, images, prompt, tiny_onevision
+from models import VLM_CASES, anyres_batch, batch, encoder_inputs, images, prompt, tiny_encoder, tiny_onevision
 from torch import Tensor
 
 import hiprune_kernels as hk
@@ -485,8 +485,6 @@ def test_a_later_turn_with_a_picture_of_several_tiles():
 
 def test_encoders_alone():
     """There is no text, and there are no tiles: the salient tokens of the saliency layer."""
-    from models import encoder_inputs, tiny_encoder
-
     model, inputs = tiny_encoder("clip b"), encoder_inputs("clip b")
     with pytest.raises(
         ValueError, match="PTP: needs text, expected a model with a language model, got CLIPVisionModel"
