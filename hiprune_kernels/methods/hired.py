@@ -34,8 +34,9 @@ class HiRED(Method):
     feature layer stay. An image of one tile keeps its N' best. Budgets of tiles follow from data: the host waits.
 
     Rules: "paper" sums the attention over the sub-images' rectangles, and shares the budget to the last token
-    (`budget.shares`). "official" does as the released code: it counts the ``int(n (1 - alpha))`` tokens with the most
-    attention in as many bands of the raster order as there are sub-images, and rounds down: fewer than N' may stay.
+    (`budget.shares`); it needs a model that tells where its tiles lie, as InternVL does not. "official" does as the
+    released code: it counts the ``int(n (1 - alpha))`` tokens with the most attention in as many bands of the raster
+    order as there are sub-images, and rounds down: fewer than N' may stay.
 
     Attributes:
         budget, retention: exactly one of them: visual tokens kept per image, or the share of them.

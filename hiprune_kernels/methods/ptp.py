@@ -52,7 +52,8 @@ class PTP(Method):
         budget, retention: exactly one of them: visual tokens kept per image, or the share of them.
         alpha: weight of the instruction, 0 to 1.
         saliency_layer: 1-based encoder layer; None takes layer 11 of 24, scaled to other depths.
-        region: "features" (step 2), or "attention": a sub-image's weight is the thumbnail's CLS attention to its area.
+        region: "features" (step 2), or "attention": a sub-image's weight is the thumbnail's CLS attention to its area,
+            for models that tell where their tiles lie (not InternVL).
         region_layer: 1-based encoder layer of the CLS rows; None takes the feature layer.
         temperature: of step 2, above 0.
         instruction_layer: 1-based decoder layer; None takes layer 2, or the next one that has softmax attention.
@@ -124,12 +125,14 @@ class PTP(Method):
             if layout.candidates is not None:
                 here = here[layout.candidates[tokens]]
             here = here.to(seen.device)
-            fused[here] = (1 - self.alpha) * _minmax(saliency[here])
+            fused[here] = _minmax(saliency[here])
             note = [no_cls_note(encoder)] + ["one region"] * (tiles.stop - tiles.start == 1)
-            if seen.text_scores is not None:
-                importance = seen.text_scores[here]
-                fused[here] += self.alpha * (_minmax(importance) if self.scale_instruction else importance)
-                note += ["no text behind the image: saliency alone"] * (not bool(importance.any()))
+            importance = None if seen.text_scores is None else seen.text_scores[here]
+            if importance is not None and bool(importance.any()):
+                importance = _minmax(importance) if self.scale_instruction else importance
+                fused[here] = (1 - self.alpha) * fused[here] + self.alpha * importance
+            elif importance is not None:
+                note.append("no text behind the image: saliency alone")
             notes.append("; ".join(filter(None, note)))
         return best_of_tiles(fused, layout, self._region_budgets(seen))._replace(notes=notes)
 

@@ -29,7 +29,8 @@ class VisionZip(Method):
     ascending, at the places of the picked tokens and of one more. Elsewhere contextual tokens stand at their targets'
     places, and where several rows make a token (Qwen-VL, InternVL) they are merged in the language model's space. Tiles
     that lose nothing stay as they are. Newlines of LLaVA-NeXT stay and padding is left out; the released code drops the
-    former and keeps the latter.
+    former and keeps the latter. Where a model keeps CLS rows in the prompt by itself (Video-LLaVA's frames), they stand
+    there besides.
 
     Attributes:
         budget, retention: exactly one of them: rows kept per image, shared out among its tiles, or the share.

@@ -266,8 +266,8 @@ def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> Patche
     late = needs.stage(facts) is Stage.LANGUAGE
     if merges(method) and needs.features == "encoder" and late and family.full_shape:
         raise ValueError(
-            f"{type(method).__name__}: expected features of the language model, as rows of {facts.name} are mixed in front "
-            "of the connector, and cannot be merged there once text is known, got the encoder's"
+            f"{type(method).__name__}: expected features of the language model, as rows of {facts.name} are mixed in "
+            "front of the connector, and cannot be merged there once text is known, got the encoder's"
         )
     refuse_bypassed(layers[facts.feature_layer - 1], family)
     return PatchedEncoder(module, family, facts, config, layers, needs, forward_names(module))

@@ -63,11 +63,10 @@ def reference(method: PTP, seen: Seen) -> list[dict[int, int]]:
         rows, region = range(region, region + count), region + count
         everyone = [token for tile in tiles for token in tile]
         fused = minmax({t: float(seen.scores[saliency_layer][t]) for t in everyone})
-        fused = {t: (1 - method.alpha) * b for t, b in fused.items()}
-        if method.alpha > 0:
-            importance = {t: float(seen.text_scores[t]) for t in everyone}
+        importance = {t: float(seen.text_scores[t]) for t in everyone} if method.alpha > 0 else {}
+        if any(importance.values()):  # else no text is behind the image
             importance = minmax(importance) if method.scale_instruction else importance
-            fused = {t: fused[t] + method.alpha * importance[t] for t in everyone}
+            fused = {t: (1 - method.alpha) * fused[t] + method.alpha * importance[t] for t in everyone}
         total, caps = total_of(method, len(everyone)), [len(tile) for tile in tiles]
         if len(tiles) == 1 or layout.thumbnail is None:
             budgets = by_shares([math.prod(g) for g in layout.grids[list(layout.images())[image][0]]], total, caps)
