@@ -3,7 +3,7 @@
 # make matrix set up and run the tests of patched models under every supported transformers (ARGS="5.16.1" for some)
 # make bench  set up and run the CPU benchmarks (make bench ARGS="-k CLIP-L" for some of them)
 # make gpu    on a machine with an NVIDIA GPU and PyTorch: test and measure the GPU kernels, no set-up (PYTHON=...)
-# make lint   set up and check style
+# make lint   set up and check style and types
 # make wheel  set up and build a wheel with the C++ kernels under dist/
 
 PYTHON ?= python3
@@ -35,6 +35,7 @@ lint: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror csrc/*
+	$(BIN)/mypy
 
 wheel: $(SETUP)
 	HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip wheel --quiet --no-build-isolation --no-cache-dir --no-deps --wheel-dir dist .
@@ -48,7 +49,7 @@ $(SETUP): pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/pip install --quiet torch
-	PYTHONWARNINGS=ignore HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff clang-format
+	PYTHONWARNINGS=ignore HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff clang-format mypy
 	@touch $@
 
 clean:

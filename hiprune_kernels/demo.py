@@ -28,7 +28,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from . import reference
 from .budget import anchor_count, resolve_budget
 from .environment import environment
-from .loading import CLIP_L_14_336, Tower, load_tower, queries_and_keys
+from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
 from .visualize import draw_overview, optional_import
 
@@ -52,7 +52,7 @@ class Run:
 
     prompt: Tensor  # [P, C], the embeddings that the language model saw
     kept: Tensor | None  # [K] int64, None where every token is kept
-    encoder_ms: float  # vision tower, selection and projector
+    encoder_ms: float  # vision encoder, selection and projector
     generate_ms: float
     peak_mib: float | None  # the encoder's highest memory above what the process held before
 
@@ -107,7 +107,7 @@ def _reset_peak() -> int | None:
 
 
 class _Meter:
-    """Watches one prompt from the vision tower's start to the projector's end, and what the language model sees."""
+    """Watches one prompt from the vision encoder's start to the projector's end, and what the language model sees."""
 
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
         self.prompt: Tensor | None = None
@@ -143,9 +143,9 @@ class _Meter:
 # ------------------------------------------------------------------------------------------------------- the four ways
 
 
-def _small_llava(tower: Tower, seed: int) -> LlavaForConditionalGeneration:
-    """LLaVA-1.5's architecture around the tower, with a small random language model."""
-    vision = tower.encoder.config
+def _small_llava(loaded: LoadedEncoder, seed: int) -> LlavaForConditionalGeneration:
+    """LLaVA-1.5's architecture around the encoder, with a small random language model."""
+    vision = loaded.encoder.config
     text = LlamaConfig(
         hidden_size=512,
         intermediate_size=1376,
@@ -157,19 +157,19 @@ def _small_llava(tower: Tower, seed: int) -> LlavaForConditionalGeneration:
         pad_token_id=0,
     )
     stand_in = copy.deepcopy(vision)
-    stand_in.num_hidden_layers = 1  # a second full tower would be made only to be replaced
+    stand_in.num_hidden_layers = 1  # a second full encoder would be made only to be replaced
     config = LlavaConfig(
         vision_config=stand_in,
         text_config=text,
         image_token_index=_IMAGE_TOKEN,
-        image_seq_length=math.prod(tower.grid),
-        vision_feature_layer=tower.deep_layer - vision.num_hidden_layers - 1,
+        image_seq_length=math.prod(loaded.grid),
+        vision_feature_layer=loaded.feature_layer - vision.num_hidden_layers - 1,
         vision_feature_select_strategy="default",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         llava = LlavaForConditionalGeneration(config).eval().requires_grad_(False)
-    llava.model.vision_tower = tower.encoder
+    llava.model.vision_tower = loaded.encoder
     llava.config.vision_config = vision
     return llava
 
@@ -188,16 +188,16 @@ def _released_selection(object_scores: Tensor, deep_scores: Tensor, budget: int,
 class _Ways:
     """Encodes an image and generates from it, in each of the ways."""
 
-    def __init__(self, tower: Tower, budget: int, seed: int) -> None:
-        self.tower, self.budget, self.llava = tower, budget, _small_llava(tower, seed)
+    def __init__(self, loaded: LoadedEncoder, budget: int, seed: int) -> None:
+        self.loaded, self.budget, self.llava = loaded, budget, _small_llava(loaded, seed)
         words = torch.randint(3, _IMAGE_TOKEN, (40,), generator=torch.Generator().manual_seed(seed))
-        image = torch.full((math.prod(tower.grid),), _IMAGE_TOKEN)
+        image = torch.full((math.prod(loaded.grid),), _IMAGE_TOKEN)
         self.parts = tuple(part[None] for part in (torch.cat([torch.tensor([1]), words[:5]]), image, words[5:]))
         self.input_ids = torch.cat(self.parts, dim=1)  # [1, P]
 
     def run(self, way: str, pixels: Tensor) -> Run:
         """One prompt with the image `pixels` [1, 3, H, W]."""
-        self.tower.encoder.set_attn_implementation("eager" if way in ("released code", "eager") else "sdpa")
+        self.loaded.encoder.set_attn_implementation("eager" if way in ("released code", "eager") else "sdpa")
         steps = {"released code": self._released, "hiprune_kernels": self._ours}.get(way, self._stock)
         with _Meter(self.llava) as meter, torch.inference_mode():
             kept, generate_ms = steps(pixels)
@@ -216,7 +216,7 @@ class _Ways:
         return None, (time.perf_counter() - begun) * 1e3
 
     def _ours(self, pixels: Tensor) -> tuple[Tensor | None, float]:
-        with hiprune(self.llava, budget=self.budget, rule=RULE, object_layer=self.tower.object_layer):
+        with hiprune(self.llava, budget=self.budget, rule=RULE, object_layer=self.loaded.object_layer):
             _, generate_ms = self._stock(pixels)
             return last_selection(self.llava)[0].indices, generate_ms
 
@@ -231,12 +231,12 @@ class _Ways:
         return kept, (time.perf_counter() - begun) * 1e3
 
     def _released_encoder(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        inner, tower = self.llava.model, self.tower
+        inner, loaded = self.llava.model, self.loaded
         encoded = inner.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
-        maps = (encoded.attentions[layer - 1] for layer in (tower.object_layer, tower.deep_layer))
+        maps = (encoded.attentions[layer - 1] for layer in (loaded.object_layer, loaded.feature_layer))
         scores = [attention[0].mean(dim=0).mean(dim=0)[1:] for attention in maps]  # [N] each; the CLS column is dropped
-        kept = _released_selection(*scores, self.budget, tower.grid)
-        return kept, inner.multi_modal_projector(encoded.hidden_states[tower.deep_layer][:, 1:][:, kept])
+        kept = _released_selection(*scores, self.budget, loaded.grid)
+        return kept, inner.multi_modal_projector(encoded.hidden_states[loaded.feature_layer][:, 1:][:, kept])
 
     def check(self, runs: dict[str, Run]) -> float:
         """Compare what the language model saw; the largest difference from sdpa's, over the largest embedding.
@@ -265,22 +265,22 @@ class _Ways:
 # ------------------------------------------------------------------------------------------------- float64 and pictures
 
 
-def _float64_scores(tower: Tower, pixels: Tensor) -> list[Tensor]:
-    """Object and deep scores [B, 1 + N], with the whole tower in float64 and the scores by the reference."""
-    exact = copy.deepcopy(tower.encoder).double()
+def _float64_scores(loaded: LoadedEncoder, pixels: Tensor) -> list[Tensor]:
+    """Object and deep scores [B, 1 + N], with the whole encoder in float64 and the scores by the reference."""
+    exact = copy.deepcopy(loaded.encoder).double()
     exact.set_attn_implementation("sdpa")  # eager attention rounds its softmax to float32
-    layers = (tower.object_layer, tower.deep_layer)
+    layers = (loaded.object_layer, loaded.feature_layer)
     with torch.inference_mode():
         heads = queries_and_keys(exact, pixels.double(), layers)
         return [reference.attention_scores(*heads[layer]) for layer in layers]
 
 
-def _float32_scores(tower: Tower, pixels: Tensor) -> list[Tensor]:
-    """The same through the product, in the tower's own precision."""
-    tower.encoder.set_attn_implementation("sdpa")  # whatever ran last
-    layers = (tower.object_layer, tower.deep_layer)
-    with torch.inference_mode(), record_scores(tower.encoder, layers=sorted(set(layers))) as scores:
-        tower.encoder(pixels)
+def _float32_scores(loaded: LoadedEncoder, pixels: Tensor) -> list[Tensor]:
+    """The same through the product, in the encoder's own precision."""
+    loaded.encoder.set_attn_implementation("sdpa")  # whatever ran last
+    layers = (loaded.object_layer, loaded.feature_layer)
+    with torch.inference_mode(), record_scores(loaded.encoder, layers=sorted(set(layers))) as scores:
+        loaded.encoder(pixels)
     return [scores[layer][0] for layer in layers]
 
 
@@ -318,10 +318,10 @@ def run_demo(
     Args:
         out: directory to write into; made if it is missing.
         quick: one photograph and fewer repetitions.
-        model: checkpoint of the vision tower, see `hiprune_kernels.loading.load_tower`; None: random weights.
+        model: checkpoint of the vision encoder, see `hiprune_kernels.loading.load_encoder`; None: random weights.
         threads: CPU threads; None leaves PyTorch's choice.
         command: what the reader of the report types to get it.
-        config: of the random tower.
+        config: of the random encoder.
 
     Returns:
         What report.json holds.
@@ -375,45 +375,46 @@ def _measure_and_draw(
     names = PHOTOS[:1] if quick else PHOTOS
     after_rounds = 1 + 2 * len(names)
     steps.begin("building the models", then=3 * len(WAYS) + after_rounds)
-    tower = load_tower(model, config=config)
-    num_tokens = math.prod(tower.grid)
+    loaded = load_encoder(model, config=config)
+    num_tokens = math.prod(loaded.grid)
     budget = resolve_budget(num_tokens, retention=1 / 3)
-    ways = _Ways(tower, budget, seed=0)
-    photos = {name: tower.pixel_values(photo) for name, photo in _photographs(names)}
+    ways = _Ways(loaded, budget, seed=0)
+    photos = {name: loaded.pixel_values(photo) for name, photo in _photographs(names)}
     runs, difference, timed = _time_ways(ways, photos[names[0]], steps, quick, after_rounds)
 
     steps.begin("float64 reference", then=2 * len(names))
-    exact_of_all = _float64_scores(tower, torch.cat(list(photos.values())))
+    exact_of_all = _float64_scores(loaded, torch.cat(list(photos.values())))
     agreement = []
     for i, (name, pixels) in enumerate(photos.items()):
         left = 2 * (len(names) - i)
         exact = [scores[i : i + 1] for scores in exact_of_all]
-        indices, roles, gap = _exact_selection(exact, budget, tower.grid)
+        indices, roles, gap = _exact_selection(exact, budget, loaded.grid)
         steps.begin(f"{name}: kept tokens", then=left - 1)
         if i > 0:
             runs = {way: ways.run(way, pixels) for way in ("released code", "hiprune_kernels")}
         equal = {way: int(torch.isin(run.kept, indices).sum()) for way, run in runs.items() if run.kept is not None}
         steps.begin(f"{name}: picture", then=left - 2)
-        recorded = _float32_scores(tower, pixels)
+        recorded = _float32_scores(loaded, pixels)
         error = max(float((x - y).abs().max() / y.max()) for x, y in zip(recorded, exact))
         draw_overview(
-            tower.seen_image(pixels),
+            loaded.seen_image(pixels),
             *(x[0, 1:] for x in recorded),
             roles,
-            tower.grid,
-            titles=tower.overview_titles(tower.object_layer, budget),
+            loaded.grid,
+            titles=loaded.overview_titles(loaded.object_layer, budget),
         ).save(out / f"{name}.png")
         agreement.append(Agreement(name, equal, budget, error, gap, f"{name}.png"))
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "environment": environment(),
-        "model": tower.name,
-        "random_weights": tower.random,
-        "remarks": tower.remarks,
+        "model": loaded.name,
+        "random_weights": loaded.random,
+        "remarks": loaded.remarks,
         "tokens": num_tokens,
         "budget": budget,
-        "object_layer": tower.object_layer,
-        "deep_layer": tower.deep_layer,
+        "object_layer": loaded.object_layer,
+        "feature_layer": loaded.feature_layer,
+        "deep_layer": loaded.feature_layer,  # the name that it had before
         "rule": RULE,
         "rounds": len(timed[WAYS[0]]),
         "largest_feature_difference": difference,
@@ -535,7 +536,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         f"`{report['command']}`, {report['date']}",
         "",
-        f"- Vision tower: {report['model']}, float32",
+        f"- Vision encoder: {report['model']}, float32",
         f"- Machine: {'; '.join(found['devices'])}; {found['platform']}",
         f"- Versions: {versions}",
         f"- Kernels: {kernels}",
@@ -546,7 +547,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         *_markdown_table([TABLE_HEAD, *table_rows(report)]),
         "",
-        f"Medians of {report['rounds']} interleaved rounds, {NEW_TOKENS} new tokens each. Encoder: vision tower, "
+        f"Medians of {report['rounds']} interleaved rounds, {NEW_TOKENS} new tokens each. Encoder: vision encoder, "
         "selection and projector; its peak is memory above what the process held before. The speed-up is the released "
         "code's encoder time over this one's. Tokens are the image's, prompt is all that the language model sees.",
         "",
@@ -558,7 +559,7 @@ def _markdown(report: dict[str, Any]) -> str:
         "## Kept tokens against the float64 reference",
         "",
         f"{report['budget']} of {report['tokens']} tokens, anchors by layer {report['object_layer']}, registers by "
-        f"layer {report['deep_layer']}, the released code's rule. The reference runs the tower in float64.",
+        f"layer {report['feature_layer']}, the released code's rule. The reference runs the encoder in float64.",
         "",
         *(f"- {line}" for line in agreement_lines(report)),
         "",

@@ -1,28 +1,40 @@
-"""Vision towers for the command line and the demo: from a checkpoint, or random at CLIP-L/14-336's real size."""
+"""Models for the command line and the demo: any that can be pruned, from a checkpoint; or a random CLIP-L/14-336."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+)
 
-from .patch.encoders import ENCODERS, find_encoder
+from .methods import ClipText, Method, Stage
+from .patch import FAMILIES, apply_method
+from .patch.call import PATCH, PatchedEncoder
+from .patch.encoders import find_encoder
+from .processing import default_image_processor, load_processor, quiet_transformers
+from .views import picture_of
 from .visualize import to_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-    VisionConfig = CLIPVisionConfig | SiglipVisionConfig
-    VisionModel = CLIPVisionModel | SiglipVisionModel
-    ImageProcessor = transformers.CLIPImageProcessor | transformers.SiglipImageProcessor
 
 CLIP_L_14_336 = CLIPVisionConfig(
     hidden_size=1024,
@@ -33,24 +45,139 @@ CLIP_L_14_336 = CLIPVisionConfig(
     patch_size=14,
     projection_dim=768,
 )
+_LLAVAS = ("llava", "llava_next", "llava_onevision")  # hold a CLIP as `vision_tower`
 
-# config.model_type of a vision tower -> its class, and the name of the class that prepares images for it
-TOWERS = {
-    "clip_vision_model": (CLIPVisionModel, "CLIPImageProcessor"),
-    "siglip_vision_model": (SiglipVisionModel, "SiglipImageProcessor"),
-}
-_LLAVAS = ("llava", "llava_next", "llava_onevision")  # hold such a tower as `vision_tower`
+
+# ------------------------------------------------------------------------------------------------- what can be pruned
 
 
 @dataclass(frozen=True)
-class Tower:
-    """A vision encoder in evaluation mode, and what is needed to feed it."""
+class LoadedModel:
+    """A model in evaluation mode that a method can be applied to, and what is needed to feed it."""
 
-    encoder: VisionModel
-    processor: ImageProcessor
+    model: PreTrainedModel
+    processor: Any  # the checkpoint's whole processor, or an image processor alone
     name: str
     random: bool  # no checkpoint was given: which tokens survive then means nothing
-    deep_layer: int  # 1-based; the layer whose output language models take as image features
+    remarks: tuple[str, ...]  # what a reader of the result should know
+
+
+def load_model(
+    source: str,
+    method: Method,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    answers: bool = False,
+) -> LoadedModel:
+    """A checkpoint's model, by transformers' own Auto classes, and its own processor.
+
+    The method is applied to a model without weights first, and taken off: what it cannot be applied to is said before
+    anything long begins.
+
+    Args:
+        source: local directory or hub id of a checkpoint of a type in `hiprune info --models`, or of a CLIP or SigLIP,
+            whose vision encoder is taken.
+        method: that will be applied.
+        dtype: of the weights; "auto" is the checkpoint's.
+        device: to put them on.
+        answers: load all of the model, which is to answer questions. False: of the language model only what the method
+            needs to select.
+
+    Raises:
+        ValueError: if there is no such checkpoint, it is of another type, its weights are incomplete, or the method
+            cannot be applied.
+
+    Example:
+        >>> loaded = load_model("llava-hf/llava-1.5-7b-hf", HiPrune(budget=192))
+        >>> apply_method(loaded.model, HiPrune(budget=192))
+    """
+    local_only = is_local(source)
+    with quiet_transformers(bars=sys.stderr.isatty()):
+        config, remarks = _prunable(source, _config(source, local_only))
+        text = getattr(config, "text_config", None)
+        if answers and text is None:
+            kind = FAMILIES[config.model_type].kind.name
+            raise ValueError(f"model: expected one with a language model, which can answer, got a {kind} in {source!r}")
+        auto = AutoModel if text is None else AutoModelForImageTextToText
+        encoder = _shell(auto, config, method)
+        if text is not None and not answers:
+            probed = encoder.needs.text_attention
+            text.num_hidden_layers = 1 if probed is None else probed[0]
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[: text.num_hidden_layers]
+        model = _with_weights(auto, source, config=config, local_files_only=local_only, dtype=dtype)
+        processor, remark = load_processor(source, config, answers=answers, local_files_only=local_only)
+    model = model.eval().requires_grad_(False).to(device=device)
+    return LoadedModel(model, processor, source, False, (*remarks, *remark))
+
+
+def load_clip_text(source: str, model: str | None) -> ClipText:
+    """The text tower of a CLIP checkpoint, for a model whose vision tower is that CLIP's.
+
+    Raises:
+        ValueError: if a checkpoint is not there, or is no CLIP, or `model`, whose tokenizer is needed, is not given.
+    """
+    if model is None:
+        raise ValueError(
+            "text-encoder: expected --model too, whose tokenizer brings its prompts back to text, got none"
+        )
+    local_only = is_local(source)
+    with quiet_transformers():
+        config = _config(source, local_only)
+        if config.model_type != "clip":
+            raise ValueError(f"text-encoder: expected a model of type clip, got {config.model_type!r} in {source!r}")
+        clip = _with_weights(CLIPModel, source, config=config, local_files_only=local_only, dtype=torch.float32)
+        tokenizers = [AutoTokenizer.from_pretrained(each, local_files_only=is_local(each)) for each in (source, model)]
+    return ClipText(clip=clip.eval().requires_grad_(False), clip_tokenizer=tokenizers[0], tokenizer=tokenizers[1])
+
+
+def encoder_of(model: PreTrainedModel) -> PatchedEncoder:
+    """What is known of the encoder of images of a model that a method is applied to."""
+    return FAMILIES[model.config.model_type].host(model).__dict__[PATCH].encoders[0]
+
+
+def reads_language(encoder: PatchedEncoder) -> bool:
+    """Whether the method selects in front of the language model."""
+    return encoder.needs.stage(encoder.facts) is Stage.LANGUAGE
+
+
+def _prunable(source: str, config: Any) -> tuple[Any, list[str]]:
+    """The config of what can be pruned in a checkpoint, and remarks."""
+    family = config.model_type
+    if family in ("clip", "siglip"):
+        config = config.vision_config
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model: expected a model of type {', '.join(FAMILIES)}, got model_type {family!r} in {source!r}"
+        )
+    if config.model_type == "siglip_vision_model":
+        config.vision_use_head = False
+    if config.model_type != "clip_vision_model" or config.num_hidden_layers == 1:
+        return config, []
+    config.num_hidden_layers -= 1
+    return config, ["of a CLIP by itself the features of the last layer but one are taken, as LLaVA does"]
+
+
+def _shell(auto: Any, config: Any, method: Method) -> PatchedEncoder:
+    """Apply the method to a model without weights."""
+    with torch.device("meta"):
+        model = auto.from_config(copy.deepcopy(config))
+    return encoder_of(apply_method(model.eval(), method))
+
+
+# ---------------------------------------------------------------------------------------------- a CLIP vision encoder
+
+
+@dataclass(frozen=True)
+class LoadedEncoder:
+    """A CLIP vision encoder in evaluation mode, and what is needed to feed it."""
+
+    encoder: CLIPVisionModel
+    processor: transformers.CLIPImageProcessor
+    name: str
+    random: bool  # no checkpoint was given: which tokens survive then means nothing
+    feature_layer: int  # 1-based; the layer whose output language models take as image features
     remarks: tuple[str, ...]  # what a reader of the result should know
 
     @property
@@ -59,21 +186,16 @@ class Tower:
         return side, side
 
     @property
-    def num_prefix_tokens(self) -> int:
-        family, config, _ = find_encoder(self.encoder)
-        return family.kind.num_prefix_tokens(config)
-
-    @property
     def object_layer(self) -> int:
         """1-based default, as `apply_hiprune` takes it: layer 9 of CLIP-L's 24, scaled to other depths."""
         family, _, layers = find_encoder(self.encoder)
-        return family.kind.object_layer(len(layers), self.deep_layer)
+        return family.kind.object_layer(len(layers), self.feature_layer)
 
     def overview_titles(self, object_layer: int, kept: int) -> tuple[str, str, str, str]:
         return (
             "what the model sees",
             f"layer {object_layer} scores: anchors",
-            f"layer {self.deep_layer} scores: registers",
+            f"layer {self.feature_layer} scores: registers",
             f"{kept} of {math.prod(self.grid)} tokens kept",
         )
 
@@ -84,57 +206,59 @@ class Tower:
 
     def seen_image(self, pixel_values: Tensor) -> Image:
         """The picture that the encoder gets to see: `pixel_values` [1, 3, H, W] without their normalisation."""
-        from PIL import Image
+        return picture_of(pixel_values[0], self.processor)
 
-        std, mean = (torch.tensor(x).view(3, 1, 1) for x in (self.processor.image_std, self.processor.image_mean))
-        colors = (pixel_values[0].float().cpu() * std + mean).clamp(0, 1) * 255
-        return Image.fromarray(colors.round().to(torch.uint8).permute(1, 2, 0).contiguous().numpy())
+    def up_to_features(self) -> LoadedModel:
+        """The encoder as a model to prune, without the layers behind the feature layer."""
+        encoder = self.encoder
+        encoder.encoder.layers = encoder.encoder.layers[: self.feature_layer]
+        encoder.config.num_hidden_layers = self.feature_layer
+        return LoadedModel(encoder, self.processor, self.name, self.random, self.remarks)
 
 
-def load_tower(
+def load_encoder(
     source: str | None = None,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
     config: CLIPVisionConfig = CLIP_L_14_336,
-    kinds: Sequence[str] = ("clip_vision_model",),
-) -> Tower:
-    """The vision tower of a checkpoint, or a seeded random one.
+) -> LoadedEncoder:
+    """The CLIP vision encoder of a checkpoint, or a seeded random one.
 
     Args:
-        source: local directory or hub id of a CLIP or SigLIP (vision) checkpoint, or of a LLaVA-1.5, LLaVA-NeXT or
-            LLaVA-OneVision, of which only the tower is loaded. None: random weights.
+        source: local directory or hub id of a CLIP (vision) checkpoint, or of a LLaVA-1.5, LLaVA-NeXT or
+            LLaVA-OneVision, of which only the encoder is loaded. None: random weights.
         dtype: of the weights.
         device: to put them on.
         seed: of the random weights.
-        config: of the random tower.
-        kinds: which of `TOWERS` to accept.
+        config: of the random encoder.
 
     Raises:
         ValueError: if ``seed`` is out of range, there is no such checkpoint, it is of another family, or its weights
             are incomplete.
 
     Example:
-        >>> tower = load_tower()
-        >>> tower.encoder(tower.pixel_values(image)).last_hidden_state.shape
+        >>> loaded = load_encoder()
+        >>> loaded.encoder(loaded.pixel_values(image)).last_hidden_state.shape
         torch.Size([1, 577, 1024])
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
     if source is None:
-        encoder, deep_layer = _random_encoder(config, seed), max(1, config.num_hidden_layers - 1)
-        name = f"a random CLIP vision tower of {config.num_hidden_layers} layers (seed {seed})"
-        processor, remarks = _default_processor(config), ()
+        encoder, feature_layer = _random_encoder(config, seed), max(1, config.num_hidden_layers - 1)
+        name = f"a random CLIP vision encoder of {config.num_hidden_layers} layers (seed {seed})"
+        with quiet_transformers():
+            processor, remarks = default_image_processor(config), ()
     else:
         name = source
-        encoder, processor, deep_layer, remarks = _from_checkpoint(source, kinds)
+        encoder, processor, feature_layer, remarks = _from_checkpoint(source)
     encoder = encoder.eval().requires_grad_(False).to(device=device, dtype=dtype)
-    return Tower(encoder, processor, name, source is None, deep_layer, remarks)
+    return LoadedEncoder(encoder, processor, name, source is None, feature_layer, remarks)
 
 
 def queries_and_keys(
-    encoder: VisionModel, pixel_values: Tensor, layers: Sequence[int]
+    encoder: CLIPVisionModel, pixel_values: Tensor, layers: Sequence[int]
 ) -> dict[int, tuple[Tensor, Tensor]]:
     """Queries and keys [B, H, N, D] of some 1-based layers, from a forward of the stock modules."""
     heads: dict[int, tuple[Tensor, Tensor]] = {}
@@ -159,7 +283,7 @@ def queries_and_keys(
 def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = CLIPVisionModel(config)
+        encoder = CLIPVisionModel(copy.deepcopy(config))
         # CLIP's own initialisation leaves every attention row nearly uniform, and all column scores nearly equal. With
         # these weights the logits have a standard deviation of about 2, and the scores differ as trained ones do.
         for layer in find_encoder(encoder)[2]:
@@ -168,77 +292,66 @@ def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
     return encoder
 
 
-def _from_checkpoint(source: str, kinds: Sequence[str]) -> tuple[VisionModel, ImageProcessor, int, tuple[str, ...]]:
-    """Encoder, image processor, deep layer and remarks."""
-    local_only = _is_local(source)
-    remarks: list[str] = []
-    with _quiet_transformers():
-        try:
-            config = AutoConfig.from_pretrained(source, local_files_only=local_only)
-        except (OSError, ValueError) as error:
-            if local_only and not os.path.isdir(source):
-                where = "no local directory, not in the local cache, and the hub cannot be reached"
-                raise ValueError(f"model: {source!r} is {where}") from error
-            raise ValueError(f"model: the configuration of {source!r} cannot be read: {error}") from error
-        vision_config, deep_layer, renamed = _vision_part(source, config, kinds)
-        model_class, processor_name = TOWERS[vision_config.model_type]
-        try:
-            encoder, info = model_class.from_pretrained(
-                source,
-                config=vision_config,
-                key_mapping=renamed,
-                output_loading_info=True,
-                local_files_only=local_only,
-            )
-        except Exception as error:  # safetensors, zip, pickle and size errors: a broken file can raise any of them
-            raise ValueError(f"model: the weights of {source!r} cannot be loaded: {error}") from error
-        if info["missing_keys"]:  # transformers would leave these random
-            missing = sorted(info["missing_keys"])
-            raise ValueError(f"model: {source!r} lacks {len(missing)} weights of the vision tower, first {missing[0]}")
-        try:
-            processor = getattr(transformers, processor_name).from_pretrained(source, local_files_only=local_only)
-        except OSError:
-            processor = _default_processor(vision_config)
-            kind = find_encoder(encoder)[0].kind.name
-            remarks.append(
-                f"{source} has no image processor: images are prepared as for {kind} at {vision_config.image_size} px"
-            )
+def _from_checkpoint(source: str) -> tuple[CLIPVisionModel, Any, int, tuple[str, ...]]:
+    """Encoder, image processor, feature layer and remarks."""
+    local_only = is_local(source)
+    with quiet_transformers():
+        config = _config(source, local_only)
+        vision_config, feature_layer, renamed = _vision_part(source, config)
+        options = {"config": vision_config, "key_mapping": renamed, "local_files_only": local_only}
+        encoder = _with_weights(CLIPVisionModel, source, **options)
+        processor, remarks = load_processor(source, vision_config, local_files_only=local_only)
     if config.model_type in ("llava_next", "llava_onevision"):
-        remarks.append(f"a {config.model_type} model cuts images into tiles; here one view of the image is all of them")
-    return encoder, processor, deep_layer, tuple(remarks)
+        tiles = f"a {config.model_type} model cuts images into tiles; here one view of the image is all of them"
+        remarks = (*remarks, tiles)
+    return encoder, processor, feature_layer, tuple(remarks)
 
 
-def _vision_part(source: str, config, kinds: Sequence[str]) -> tuple[VisionConfig, int, dict[str, str] | None]:
-    """The tower's config, its 1-based deep layer, and how the checkpoint's weights of the tower are renamed."""
+def _vision_part(source: str, config: Any) -> tuple[CLIPVisionConfig, int, dict[str, str] | None]:
+    """The encoder's config, its 1-based feature layer, and how the checkpoint's weights of it are renamed."""
     family = config.model_type
-    vision = config if family in kinds else getattr(config, "vision_config", None)
-    if getattr(vision, "model_type", None) not in kinds or family not in (*kinds, "clip", "siglip", *_LLAVAS):
-        names = " or ".join(ENCODERS[kind].kind.name for kind in kinds)
-        tower = f" with a {vision.model_type} tower" if vision is not None else ""
+    vision = config if family == "clip_vision_model" else getattr(config, "vision_config", None)
+    kind = getattr(vision, "model_type", None)
+    if kind != "clip_vision_model" or family not in ("clip_vision_model", "clip", *_LLAVAS):
+        inside = f" with a {kind} inside" if vision is not None else ""
         raise ValueError(
-            f"model: expected a {names} vision model, or a model of type {', '.join(_LLAVAS)} with such a tower, got "
-            f"model_type {family!r}{tower} in {source!r}"
+            f"model: expected a CLIP vision model, or a model of type {', '.join(_LLAVAS)} with such an encoder, got "
+            f"model_type {family!r}{inside} in {source!r}"
         )
     layers = vision.num_hidden_layers
-    if vision.model_type == "siglip_vision_model":
-        vision.vision_use_head = False  # no layer's scores need it
-    if family not in _LLAVAS:  # what models that take this tower read: CLIP's last layer but one, SigLIP's last
-        return vision, max(1, layers - 1) if vision.model_type == "clip_vision_model" else layers, None
+    if family not in _LLAVAS:  # what models that take this encoder read
+        return vision, max(1, layers - 1), None
     state = config.vision_feature_layer
     if not isinstance(state, int):
         raise ValueError(f"model: expected one vision_feature_layer in {source!r}, got {state}")
     return vision, state if state >= 0 else layers + 1 + state, {r"^(model\.)?vision_tower\.": ""}
 
 
-def _default_processor(config: VisionConfig) -> ImageProcessor:
-    side = config.image_size
-    with _quiet_transformers():
-        if config.model_type == "siglip_vision_model":
-            return transformers.SiglipImageProcessor(size={"height": side, "width": side})
-        return transformers.CLIPImageProcessor(size={"shortest_edge": side}, crop_size=side)
+# -------------------------------------------------------------------------------------------------------- checkpoints
 
 
-def _is_local(source: str) -> bool:
+def _config(source: str, local_only: bool) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, local_files_only=local_only)
+    except (OSError, ValueError) as error:
+        if local_only and not os.path.isdir(source):
+            where = "no local directory, not in the local cache, and the hub cannot be reached"
+            raise ValueError(f"model: {source!r} is {where}") from error
+        raise ValueError(f"model: the configuration of {source!r} cannot be read: {error}") from error
+
+
+def _with_weights(cls: Any, source: str, **options: Any) -> PreTrainedModel:
+    try:
+        model, info = cls.from_pretrained(source, output_loading_info=True, **options)
+    except Exception as error:  # safetensors, zip, pickle and size errors: a broken file can raise any of them
+        raise ValueError(f"model: the weights of {source!r} cannot be loaded: {error}") from error
+    if info["missing_keys"]:  # transformers would leave these random
+        missing = sorted(info["missing_keys"])
+        raise ValueError(f"model: {source!r} lacks {len(missing)} weights of the model, first {missing[0]}")
+    return model
+
+
+def is_local(source: str) -> bool:
     """Whether to read only the disk: for a directory, and for a hub id while the hub cannot be reached."""
     from huggingface_hub import HfApi, errors
 
@@ -255,18 +368,3 @@ def _is_local(source: str) -> bool:
     except Exception:  # no network, offline mode, a proxy's answer: the types differ between versions of the client
         return True
     return False
-
-
-@contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bars and no reports of unused weights: errors are raised, the rest is not the user's concern."""
-    logging = transformers.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,12 +20,51 @@ from .budget import ROLE_NAMES
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# By role: dropped (dimmed instead; this is its swatch in legends), anchor, buffer, register.
+# By HiPrune's role: dropped (dimmed instead; this is its swatch in legends), anchor, buffer, register.
 ROLE_COLORS = ((84, 86, 96), (255, 214, 10), (255, 64, 54), (64, 204, 255))
+OTHER_COLORS = ((80, 227, 148), (255, 159, 67), (190, 132, 255), (255, 214, 10), (255, 64, 54), (64, 204, 255))
 _TINTS = (0.0, 0.36, 0.32, 0.16)  # share of the role's colour over the image: anchors are few, registers many
 _OUTLINES = (0.0, 0.14, 0.12, 0.08)  # width, as a share of the token's shorter side
-_BACKGROUND, _TEXT = (18, 18, 23), (236, 236, 240)
+_OTHER_TINT, _OTHER_OUTLINE = 0.16, 0.09
+_BACKGROUND, _TEXT, _PADDING = (18, 18, 23), (236, 236, 240), (56, 42, 66)
 _LEAST_CELL = 28  # pixels; small images are enlarged until a token's outline and its content are both visible
+_LEAST_CELL_OF_TILES = 14  # there are many
+_LEAST_COLUMN = 176  # pixels; of a figure, so that titles and legends can be read beside narrow images
+_WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into two rows
+_SMALLEST_FONT = 8
+
+
+class View(NamedTuple):
+    """One picture that a vision encoder gets to see.
+
+    Attributes:
+        image: as it is seen (resized, cropped); enlarged as by `draw_selection`.
+        grid: (height, width) in tokens.
+        place: (row, column) of a tile among the tiles of its image; None for an image that was not cut, and for the
+            view of the whole beside the tiles.
+    """
+
+    image: Image
+    grid: tuple[int, int]
+    place: tuple[int, int] | None = None
+
+
+class _Look(NamedTuple):
+    """How a role is drawn."""
+
+    color: tuple[int, int, int]
+    tint: float
+    outline: float
+
+
+def _looks(role_names: Sequence[str]) -> list[_Look]:
+    """Of role 0, which is dropped, and of each name."""
+    if isinstance(role_names, str) or not role_names or not all(isinstance(name, str) for name in role_names):
+        raise ValueError(f"role_names: expected the names of roles 1, 2, ..., got {role_names!r}")
+    if tuple(role_names) == ROLE_NAMES:
+        return [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)]
+    colors = (OTHER_COLORS[i % len(OTHER_COLORS)] for i in range(len(role_names)))
+    return [_Look(ROLE_COLORS[0], 0.0, 0.0), *(_Look(color, _OTHER_TINT, _OTHER_OUTLINE) for color in colors)]
 
 
 def optional_import(module: str, extra: str = "images") -> ModuleType:
@@ -91,10 +130,10 @@ def _checked_tokens(name: str, values: Tensor | Sequence[float], grid: tuple[int
     return values
 
 
-def _checked_roles(roles: Tensor | Sequence[int], grid: tuple[int, int]) -> Tensor:
-    values = _checked_tokens("roles", roles, grid)
-    if values.is_floating_point() or ((values < 0) | (values > 3)).any():
-        raise ValueError(f"roles: expected integers from 0 to 3, got {values.unique().tolist()}")
+def _checked_roles(roles: Tensor | Sequence[int], grid: tuple[int, int], role_names: Sequence[str]) -> Tensor:
+    values, most = _checked_tokens("roles", roles, grid), len(_looks(role_names)) - 1
+    if values.is_floating_point() or ((values < 0) | (values > most)).any():
+        raise ValueError(f"roles: expected integers from 0 to {most}, got {values.unique().tolist()}")
     return values
 
 
@@ -110,36 +149,60 @@ def _edges(length: int, tokens: int) -> list[int]:
     return [round(i * length / tokens) for i in range(tokens + 1)]
 
 
-def _enlarged(image: Image, grid: tuple[int, int]) -> Image:
-    factor = math.ceil(_LEAST_CELL * max(grid[0] / image.height, grid[1] / image.width))
+def _enlarged(image: Image, grid: tuple[int, int], least_cell: int = _LEAST_CELL) -> Image:
+    factor = math.ceil(least_cell * max(grid[0] / image.height, grid[1] / image.width))
     return image.resize((image.width * factor, image.height * factor), optional_import("PIL.Image").Resampling.LANCZOS)
 
 
 def _font(size: float):
-    return optional_import("PIL.ImageFont").load_default(size=max(8, round(size)))
+    return optional_import("PIL.ImageFont").load_default(size=max(_SMALLEST_FONT, round(size)))
 
 
-def _with_legend(panel: Image, entries: Sequence[tuple[Image, str]]) -> Image:
-    """The panel above a strip that explains its colours: swatches, each followed by a text, over several lines."""
+def _fitting(size: float, width: float, length: Callable[[float], float]) -> float:
+    """The font size, or the largest below it with which something, `length(size)` long, is no longer than `width`."""
+    while size > _SMALLEST_FONT and length(size) > width:
+        size = max(_SMALLEST_FONT, size - 0.5)
+    return size
+
+
+def _text_length(text: str, size: float) -> float:
+    return _font(size).getlength(text)
+
+
+def _with_legend(panel: Image, entries: Sequence[tuple[Image, str]], width: int | None = None) -> Image:
+    """The panel above a strip that explains its colours: swatches, each followed by a text, over several lines.
+
+    `width` is what there is where the panel itself is narrower.
+    """
     pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
-    size = min(max(panel.width / 38, 12), 26)
+    width = panel.width if width is None else max(width, panel.width)
+
+    def length(entry: tuple[Image, str], size: float) -> float:
+        swatch, text = entry
+        return round(size * swatch.width / swatch.height) + 0.45 * size + _text_length(text, size)
+
+    size = min(max(width / 38, 12), 26)
+    size = _fitting(size, width, lambda size: max(0.6 * size + length(entry, size) for entry in entries))
     line = round(2 * size)
-    canvas = pil.new("RGB", (panel.width, panel.height + line * len(entries)), _BACKGROUND)
+    canvas = pil.new("RGB", (width, panel.height + line * len(entries)), _BACKGROUND)
     canvas.paste(panel, (0, 0))
     draw, font = image_draw.Draw(canvas), _font(size)
     x, y = 0.5 * size, panel.height + 0.5 * line
-    for swatch, text in entries:
+    for entry in entries:
+        swatch, text = entry
         swatch = swatch.resize((round(size * swatch.width / swatch.height), round(size)))
-        width = swatch.width + 0.45 * size + draw.textlength(text, font=font)
-        if x > size and x + width > panel.width:
+        if x > size and x + length(entry, size) > width:
             x, y = 0.5 * size, y + line
         canvas.paste(swatch, (round(x), round(y - size / 2)))
         draw.text((x + swatch.width + 0.45 * size, y), text, fill=_TEXT, font=font, anchor="lm")
-        x += width + 1.2 * size
-    return canvas.crop((0, 0, panel.width, round(y + 0.5 * line)))
+        x += length(entry, size) + 1.2 * size
+    return canvas.crop((0, 0, width, round(y + 0.5 * line)))
 
 
-def _selection_panel(image: Image, roles: Tensor, grid: tuple[int, int]) -> Image:
+def _selection_panel(
+    image: Image, roles: Tensor, grid: tuple[int, int], looks: Sequence[_Look], padding: Tensor | None = None
+) -> Image:
+    """Kept tokens over the dimmed image; `padding` [N] bool are tokens that were none to choose from."""
     pil, image_draw, enhance = (
         optional_import("PIL.Image"),
         optional_import("PIL.ImageDraw"),
@@ -148,54 +211,95 @@ def _selection_panel(image: Image, roles: Tensor, grid: tuple[int, int]) -> Imag
     panel = enhance.Brightness(enhance.Color(image).enhance(0.2)).enhance(0.36)
     draw = image_draw.Draw(panel)
     rows, columns = _edges(image.height, grid[0]), _edges(image.width, grid[1])
+    empty = [False] * len(roles) if padding is None else padding.tolist()
     for index, role in enumerate(roles.tolist()):
+        y, x = divmod(index, grid[1])
+        left, top, right, bottom = columns[x], rows[y], columns[x + 1], rows[y + 1]
         if role != 0:
-            y, x = divmod(index, grid[1])
-            left, top, right, bottom = columns[x], rows[y], columns[x + 1], rows[y + 1]
+            color, tint, outline = looks[role]
             token = image.crop((left, top, right, bottom))
-            panel.paste(pil.blend(token, pil.new("RGB", token.size, ROLE_COLORS[role]), _TINTS[role]), (left, top))
-            width = max(1, round(min(token.size) * _OUTLINES[role]))
-            draw.rectangle((left, top, right - 1, bottom - 1), outline=ROLE_COLORS[role], width=width)
+            panel.paste(pil.blend(token, pil.new("RGB", token.size, color), tint), (left, top))
+            width = max(1, round(min(token.size) * outline))
+            draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+        elif empty[index]:
+            draw.rectangle((left, top, right - 1, bottom - 1), fill=_PADDING)
     return panel
 
 
-def _selection_legend(roles: Tensor) -> list[tuple[Image, str]]:
-    pil = optional_import("PIL.Image")
-    counts = torch.bincount(roles.long(), minlength=4).tolist()
-    names = [name if count == 1 else f"{name}s" for name, count in zip(ROLE_NAMES, counts[1:])]
-    texts = [f"{counts[0]} dropped", *(f"{count} {name}" for name, count in zip(names, counts[1:]))]
-    return [(pil.new("RGB", (8, 8), ROLE_COLORS[role]), texts[role]) for role in (1, 2, 3, 0)]
+def _selection_legend(
+    roles: Tensor, role_names: Sequence[str] = ROLE_NAMES, padding: Tensor | None = None
+) -> list[tuple[Image, str]]:
+    pil, looks = optional_import("PIL.Image"), _looks(role_names)
+    dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
+    empty = 0 if padding is None else int((padding & (roles == 0)).sum())
+    texts = [f"{count} {name if count == 1 else plural(name)}" for name, count in zip(role_names, counts)]
+    shown = [(look.color, text) for look, text in zip(looks[1:], texts)]
+    shown.append((looks[0].color, f"{dropped - empty} dropped"))
+    if empty:
+        shown.append((_PADDING, f"{empty} padding"))
+    return [(pil.new("RGB", (8, 8), color), text) for color, text in shown]
 
 
-def _score_panel(image: Image, scores: Tensor, grid: tuple[int, int], colormap: str) -> tuple[Image, Image, str]:
-    """The heat map, and its legend's swatch and text."""
-    pil, enhance, colormaps = (
-        optional_import("PIL.Image"),
-        optional_import("PIL.ImageEnhance"),
-        optional_import("matplotlib").colormaps,
-    )
+def plural(role: str) -> str:
+    """A role's name for several tokens: registers, but kept."""
+    return role if role.endswith(("ed", "s", "kept")) else f"{role}s"
+
+
+def _span(scores: Tensor) -> tuple[float, float]:
+    """From the 1st to the 99th percentile: a few tokens may score a hundred times the rest, and be one bright dot."""
+    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def _heat(values: Tensor, colormap: str) -> Image:
+    """Colours of numbers from 0 to 1, [h, w]."""
+    colormaps = optional_import("matplotlib").colormaps
     if colormap not in colormaps:
         raise ValueError(f"colormap: expected the name of a matplotlib colormap, got {colormap!r}")
-    # A few tokens may score a hundred times the rest; without cutting the ends the map would be one bright dot.
-    low, high = torch.quantile(scores, torch.tensor([0.01, 0.99], dtype=torch.float64)).tolist()
+    colors = colormaps[colormap](values.numpy(), bytes=True)[..., :3].copy()
+    return optional_import("PIL.Image").fromarray(colors)
 
-    def heat(values: Tensor) -> Image:
-        return pil.fromarray(colormaps[colormap](values.numpy(), bytes=True)[..., :3].copy())
 
+def _score_panel(
+    image: Image,
+    scores: Tensor,
+    grid: tuple[int, int],
+    colormap: str,
+    span: tuple[float, float],
+    padding: Tensor | None = None,
+) -> Image:
+    """The heat map over the grey image."""
+    pil, enhance = optional_import("PIL.Image"), optional_import("PIL.ImageEnhance")
+    low, high = span
     share = ((scores - low) / (high - low)).clamp(0, 1) if high > low else torch.full_like(scores, 0.5)
-    tokens = heat(share.reshape(grid)).resize(image.size, pil.Resampling.NEAREST)
-    gray = enhance.Color(image).enhance(0.0)
-    return pil.blend(gray, tokens, 0.68), heat(torch.linspace(0, 1, 96).expand(16, 96)), f"{low:.2g} to {high:.2g}"
+    tokens = _heat(share.reshape(grid), colormap).resize(image.size, pil.Resampling.NEAREST)
+    panel = pil.blend(enhance.Color(image).enhance(0.0), tokens, 0.68)
+    if padding is not None:
+        mask = pil.fromarray((padding.reshape(grid) * 255).to(torch.uint8).numpy())
+        panel.paste(_PADDING, (0, 0), mask.resize(image.size, pil.Resampling.NEAREST))
+    return panel
 
 
-def draw_selection(image: Image, roles: Tensor | Sequence[int], grid: Sequence[int], *, legend: bool = True) -> Image:
-    """Kept tokens over the image: anchors yellow, buffers red, registers cyan, dropped tokens dark.
+def _score_legend(span: tuple[float, float], colormap: str) -> list[tuple[Image, str]]:
+    return [(_heat(torch.linspace(0, 1, 96).expand(16, 96), colormap), f"{span[0]:.2g} to {span[1]:.2g}")]
+
+
+def draw_selection(
+    image: Image,
+    roles: Tensor | Sequence[int],
+    grid: Sequence[int],
+    *,
+    role_names: Sequence[str] = ROLE_NAMES,
+    legend: bool = True,
+) -> Image:
+    """Kept tokens over the image, dropped tokens dark: HiPrune's anchors yellow, buffers red, registers cyan.
 
     Args:
         image: PIL image, as the model sees it (resized and cropped), any size; small ones are enlarged by a whole
             factor until a token measures at least 28 pixels.
-        roles: [N] integers, 0 dropped, 1 anchor, 2 buffer, 3 register; one image, no prefix tokens.
+        roles: [N] integers, 0 dropped, else 1, 2, ... as in `role_names`; one image, no prefix tokens.
         grid: (height, width) in tokens; N = height * width.
+        role_names: the method's, `Selection.role_names`; HiPrune's are anchor, buffer and register.
         legend: add a strip below the image that names the colours and counts the tokens.
 
     Returns:
@@ -208,12 +312,12 @@ def draw_selection(image: Image, roles: Tensor | Sequence[int], grid: Sequence[i
 
     Example:
         >>> selection = hk.last_selection(model)[0]
-        >>> draw_selection(image, selection.roles, selection.grid).save("kept.png")
+        >>> draw_selection(image, selection.roles, selection.grid, role_names=selection.role_names).save("kept.png")
     """
     image, grid = _checked_image(image), _checked_grid(grid)
-    roles = _checked_roles(roles, grid)
-    panel = _selection_panel(_enlarged(image, grid), roles, grid)
-    return _with_legend(panel, _selection_legend(roles)) if legend else panel
+    roles = _checked_roles(roles, grid, role_names)
+    panel = _selection_panel(_enlarged(image, grid), roles, grid, _looks(role_names))
+    return _with_legend(panel, _selection_legend(roles, role_names)) if legend else panel
 
 
 def draw_scores(
@@ -250,8 +354,9 @@ def draw_scores(
     """
     image, grid = _checked_image(image), _checked_grid(grid)
     scores = _checked_scores("scores", scores, grid)
-    panel, swatch, text = _score_panel(_enlarged(image, grid), scores, grid, colormap)
-    return _with_legend(panel, [(swatch, text)]) if legend else panel
+    span = _span(scores)
+    panel = _score_panel(_enlarged(image, grid), scores, grid, colormap, span)
+    return _with_legend(panel, _score_legend(span, colormap)) if legend else panel
 
 
 def draw_overview(
@@ -261,7 +366,7 @@ def draw_overview(
     roles: Tensor | Sequence[int],
     grid: Sequence[int],
     *,
-    titles: Sequence[str] = ("image", "object layer scores", "deep layer scores", "kept tokens"),
+    titles: Sequence[str] = ("image", "object layer scores", "feature layer scores", "kept tokens"),
     colormap: str = "inferno",
 ) -> Image:
     """Four panels side by side: the image, the scores of both layers, the kept tokens; titles above, legends below.
@@ -269,7 +374,7 @@ def draw_overview(
     Args:
         image: PIL image, as the model sees it; enlarged as by `draw_selection`.
         object_scores: [N] scores that choose the anchors.
-        deep_scores: [N] scores that choose the registers.
+        deep_scores: [N] scores that choose the registers, those of the feature layer.
         roles: [N] integers from 0 to 3, as of `select_tokens`.
         grid: (height, width) in tokens; N = height * width.
         titles: four lines, one above each panel.
@@ -286,28 +391,121 @@ def draw_overview(
     Example:
         >>> draw_overview(image, object_scores[0, 1:], deep_scores[0, 1:], roles[0], (24, 24)).save("overview.png")
     """
-    pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
-    image, grid = _checked_image(image), _checked_grid(grid)
-    object_scores = _checked_scores("object_scores", object_scores, grid)
-    deep_scores = _checked_scores("deep_scores", deep_scores, grid)
-    roles = _checked_roles(roles, grid)
     if isinstance(titles, str) or len(titles) != 4:
         raise ValueError(f"titles: expected four lines, got {titles!r}")
+    grid = _checked_grid(grid)
+    scores = {"object_scores": object_scores, "deep_scores": deep_scores}
+    checked = [_checked_scores(name, values, grid) for name, values in scores.items()]
+    return draw_views([View(image, grid)], roles, checked, titles=titles, colormap=colormap)
 
-    image = _enlarged(image, grid)
-    heat_maps = [_score_panel(image, scores, grid, colormap) for scores in (object_scores, deep_scores)]
-    panels = [
-        image,
-        *(_with_legend(panel, [(swatch, text)]) for panel, swatch, text in heat_maps),
-        _with_legend(_selection_panel(image, roles, grid), _selection_legend(roles)),
-    ]
-    margin, size = round(image.width / 32), min(max(image.width / 26, 13), 34)
+
+def draw_views(
+    views: Sequence[View],
+    roles: Tensor | Sequence[int],
+    scores: Sequence[Tensor | Sequence[float]] = (),
+    *,
+    titles: Sequence[str],
+    role_names: Sequence[str] = ROLE_NAMES,
+    candidates: Tensor | None = None,
+    colormap: str = "inferno",
+) -> Image:
+    """What a model sees, the scores that a method read, and the kept tokens, in panels with titles and legends.
+
+    An image that was cut into tiles shows them in their places, a grid of tiles, beside the view of the whole.
+
+    Args:
+        views: the image, or the view of the whole and the tiles in any order; their tokens are counted one view after
+            the other: N in all.
+        roles: [N] integers, 0 dropped, else 1, 2, ... as in `role_names`.
+        scores: heat maps, [N] finite numbers each; one span of colours for all views.
+        titles: a line above each panel: the image, each of the scores, and the kept tokens.
+        role_names: the method's.
+        candidates: [N] bool, False for padding, which no method may keep; None: all are.
+        colormap: name of a matplotlib colormap.
+
+    Returns:
+        A new RGB PIL image: one row of panels, or two where that would be too wide.
+
+    Raises:
+        ValueError: if an argument does not fit the views' grids, scores are not finite, or titles are missing.
+        TypeError: if an image is not a PIL image.
+        ImportError: if pillow or matplotlib is missing.
+
+    Example:
+        >>> views = [View(whole, (24, 24)), View(left, (24, 24), (0, 0)), View(right, (24, 24), (0, 1))]
+        >>> draw_views(views, roles, role_names=("kept",), titles=("image", "kept tokens")).save("kept.png")
+    """
+    views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
+    grids = [view.grid for view in views]
+    total = views[0].grid if len(views) == 1 else (1, sum(map(math.prod, grids)))
+    roles = _checked_roles(roles, total, role_names)
+    scores = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
+    padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
+    if isinstance(titles, str) or len(titles) != len(scores) + 2:
+        raise ValueError(f"titles: expected {len(scores) + 2} lines, got {titles!r}")
+
+    sizes, looks = [math.prod(grid) for grid in grids], _looks(role_names)
+    least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
+    images = [_enlarged(view.image, view.grid, least_cell) for view in views]
+    empty = [None] * len(views) if padding is None else padding.split(sizes)
+    places = [view.place for view in views]
+    seen = _mosaic(images, places)
+    width = max(seen.width, _LEAST_COLUMN)
+    panels = [seen]
+    for values in scores:
+        span = _span(values if padding is None else values[~padding])
+        parts = zip(images, values.split(sizes), grids, empty)
+        maps = [_score_panel(image, part, grid, colormap, span, none) for image, part, grid, none in parts]
+        heat = _mosaic(maps, places)
+        panels.append(_with_legend(heat, _score_legend(span, colormap), width))
+    parts = zip(images, roles.split(sizes), grids, empty)
+    kept = _mosaic([_selection_panel(image, part, grid, looks, none) for image, part, grid, none in parts], places)
+    panels.append(_with_legend(kept, _selection_legend(roles, role_names, padding), width))
+    return _figure(panels, titles, width)
+
+
+def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -> Image:
+    """Tiles in their places, to the right of what has none."""
+    if len(panels) == 1:
+        return panels[0]
+    pil = optional_import("PIL.Image")
+    tiles = {place: panel for place, panel in zip(places, panels) if place is not None}
+    whole = [panel for place, panel in zip(places, panels) if place is None]
+    gap = max(4, round(panels[0].width / 48))
+    rows, columns = (1 + max(place[axis] for place in tiles) if tiles else 0 for axis in (0, 1))
+    widths = [max(panel.width for place, panel in tiles.items() if place[1] == x) for x in range(columns)]
+    heights = [max(panel.height for place, panel in tiles.items() if place[0] == y) for y in range(rows)]
+    height = max([sum(heights) + gap * (rows - 1), *(panel.height for panel in whole)])
+    left = sum(panel.width + 4 * gap for panel in whole)
+    width = left + sum(widths) + gap * (columns - 1) if tiles else left - 4 * gap
+    canvas, x = pil.new("RGB", (width, height), _BACKGROUND), 0
+    for panel in whole:
+        canvas.paste(panel, (x, (height - panel.height) // 2))
+        x += panel.width + 4 * gap
+    top = (height - sum(heights) - gap * (rows - 1)) // 2
+    for (row, column), panel in tiles.items():
+        place = left + sum(widths[:column]) + gap * column, top + sum(heights[:row]) + gap * row
+        canvas.paste(panel, place)
+    return canvas
+
+
+def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image:
+    """Panels of at most this width in one row or two, a title above each."""
+    pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
+    row = len(panels) * width
+    fits = len(panels) < 4 or (row <= _WIDEST_ROW and row <= _FLATTEST_ROW * panels[0].height)
+    columns = len(panels) if fits else math.ceil(len(panels) / 2)
+    margin = max(round(width / 32), 6) if width <= 1000 else 32
+    size = min(max(width / 26, 13), 34)
+    size = min(_fitting(size, width, lambda size, title=title: _text_length(title, size)) for title in titles)
     head = round(2.2 * size)
-    height = head + max(panel.height for panel in panels) + margin // 2
-    figure = pil.new("RGB", (4 * image.width + 5 * margin, height), _BACKGROUND)
-    draw = image_draw.Draw(figure)
+    rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
+    heights = [head + max(panel.height for panel in row) + margin // 2 for row in rows]
+    figure = pil.new("RGB", (columns * width + (columns + 1) * margin, sum(heights)), _BACKGROUND)
+    draw, font = image_draw.Draw(figure), _font(size)
     for i, (panel, title) in enumerate(zip(panels, titles)):
-        left = margin + i * (image.width + margin)
-        figure.paste(panel, (left, head))
-        draw.text((left, head / 2), title, fill=_TEXT, font=_font(size), anchor="lm")
+        y, x = divmod(i, columns)
+        left, top = margin + x * (width + margin), sum(heights[:y])
+        figure.paste(panel, (left, top + head))
+        draw.text((left, top + head / 2), title, fill=_TEXT, font=font, anchor="lm")
     return figure

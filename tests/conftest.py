@@ -1,9 +1,11 @@
 """Options, the GPU gate, and poisoned memory, shared by all tests."""
 
+import functools
 import logging
 import sys
 from types import FrameType
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,3 +94,39 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    """For the command line: the path of a picture."""
+    from PIL import Image
+
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    generator = np.random.default_rng(0)
+    small = Image.fromarray(generator.integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    small.resize((150, 100), Image.Resampling.BICUBIC).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """For the command line: a CLIP vision checkpoint with its image processor, as `save_pretrained` writes them."""
+    from models import tiny_clip
+
+    from hiprune_kernels import processing
+
+    path = tmp_path_factory.mktemp("checkpoint")
+    encoder = tiny_clip()
+    encoder.save_pretrained(path)
+    processing.default_image_processor(encoder.config).save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture
+def tiny_default(monkeypatch):
+    """Without --model, an encoder of the tiny size instead of CLIP-L's; the code is the same."""
+    from models import tiny_clip_config
+
+    from hiprune_kernels import loading
+
+    monkeypatch.setattr(loading, "load_encoder", functools.partial(loading.load_encoder, config=tiny_clip_config()))

@@ -10,14 +10,14 @@ from models import tiny_clip_config
 from PIL import Image
 
 from hiprune_kernels import cli, demo, is_patched, reference
-from hiprune_kernels.loading import load_tower
+from hiprune_kernels.loading import load_encoder
 
 WAYS = ["released code", "eager", "sdpa", "hiprune_kernels"]
 
 
 @pytest.fixture(scope="module")
 def ways():
-    return demo._Ways(load_tower(config=tiny_clip_config()), budget=12, seed=0)
+    return demo._Ways(load_encoder(config=tiny_clip_config()), budget=12, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_released_chain_is_the_official_rule(grid, budget):
 
 
 def test_the_float64_scores_are_those_of_the_attention_matrices():
-    tower = load_tower(config=tiny_clip_config())
+    tower = load_encoder(config=tiny_clip_config())
     pixels = torch.randn(2, 3, 48, 48)
     found = demo._float64_scores(tower, pixels)
     tower.encoder.set_attn_implementation("eager")

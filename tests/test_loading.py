@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import qwen_reference
 import torch
-import transformers
+from checkpoints import PARTS, assemble, qwen_parts
 from models import (
     IMAGE_TOKEN,
-    PINPOINTS,
     VIDEO_TOKEN,
     VISION_END,
     VISION_START,
@@ -24,21 +23,6 @@ from models import (
 from patch_reference import one_thread, row_logits, stock_generate  # noqa: F401
 from PIL import Image
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as tokenizer_models
-from transformers import (
-    LlavaNextProcessor,
-    LlavaOnevisionProcessor,
-    LlavaProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLProcessor,
-    Qwen2VLProcessor,
-    Qwen3VLProcessor,
-)
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from hiprune_kernels.patch import apply_hiprune, is_patched, last_selection, remove_hiprune
 
@@ -131,86 +115,14 @@ def test_loading_then_patching(case, saved, options, dtype, tmp_path):
 # --------------------------------------------------------------------------------------------------------- processors
 
 
-class NoVideos(transformers.BaseVideoProcessor):
-    """In the place of video processors, which cannot be made without torchvision."""
-
-    model_input_names = ()
-
-    def __init__(self):
-        pass
-
-
-def tokenizer(**special: int) -> PreTrainedTokenizerFast:
-    """The token of id i is the word wi; `special` ones have other names."""
-    vocabulary = {f"w{i}": i for i in range(100) if i not in special.values()} | special
-    words = Tokenizer(tokenizer_models.WordLevel(vocabulary, unk_token="w3"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    made = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", unk_token="w3", padding_side="left")
-    made.add_special_tokens({"additional_special_tokens": list(special)})
-    return made
-
-
-def llava_processor():
-    pictures = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size={"height": 48, "width": 48})
-    return LlavaProcessor(
-        pictures,
-        tokenizer(**{"<image>": IMAGE_TOKEN}),
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def next_processor():
-    sides = {"size": {"shortest_edge": 48}, "crop_size": {"height": 48, "width": 48}}
-    return LlavaNextProcessor(
-        LlavaNextImageProcessorPil(**sides, image_grid_pinpoints=PINPOINTS),
-        tokenizer(**{"<image>": IMAGE_TOKEN}),
-        patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-    )
-
-
-def onevision_processor():
-    return LlavaOnevisionProcessor(
-        LlavaOnevisionImageProcessorPil(size={"height": 48, "width": 48}, image_grid_pinpoints=PINPOINTS),
-        tokenizer(**{"<image>": IMAGE_TOKEN, "<video>": VIDEO_TOKEN}),
-        NoVideos(),
-        num_image_tokens=25,
-        vision_feature_select_strategy="full",
-        vision_aspect_ratio="anyres_max_4",
-    )
-
-
-def qwen_processor(kind):
-    special = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-    words = tokenizer(**dict(zip(special, (IMAGE_TOKEN, VIDEO_TOKEN, VISION_START, VISION_END))))
-    sizes = {"shortest_edge": 16 * 16, "longest_edge": 40 * 40}
-    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=sizes)
-    return kind(pictures, words, NoVideos())
-
-
-# model, processor, what stands for an image in a prompt
+# model, and the parts of its processor
 PROCESSORS = {
-    "llava": (tiny_llava, llava_processor, "<image>"),
-    "next": (tiny_llava_next, next_processor, "<image>"),
-    "onevision": (tiny_onevision, onevision_processor, "<image>"),
-    "qwen2": (
-        lambda: tiny_qwen("qwen2"),
-        lambda: qwen_processor(Qwen2VLProcessor),
-        "<|vision_start|><|image_pad|><|vision_end|>",
-    ),
-    "qwen2.5": (
-        lambda: tiny_qwen("qwen2.5"),
-        lambda: qwen_processor(Qwen2_5_VLProcessor),
-        "<|vision_start|><|image_pad|><|vision_end|>",
-    ),
-    "qwen3": (
-        lambda: tiny_qwen("qwen3"),
-        lambda: qwen_processor(Qwen3VLProcessor),
-        "<|vision_start|><|image_pad|><|vision_end|>",
-    ),
+    "llava": (tiny_llava, PARTS["llava"]),
+    "next": (tiny_llava_next, PARTS["llava_next"]),
+    "onevision": (tiny_onevision, PARTS["llava_onevision"]),
+    "qwen2": (lambda: tiny_qwen("qwen2"), lambda: qwen_parts("Qwen2VL", 40)),
+    "qwen2.5": (lambda: tiny_qwen("qwen2.5"), lambda: qwen_parts("Qwen2_5_VL", 40)),
+    "qwen3": (lambda: tiny_qwen("qwen3"), lambda: qwen_parts("Qwen3VL", 40)),
 }
 SIZES = ((70, 40), (40, 100))  # (width, height) of the pictures
 # token grids after resizing; of tiles with the view of the whole
@@ -253,14 +165,13 @@ def rows_by_hand(model, inputs, selections):
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_processor_output_as_it_is(name, monkeypatch):
+def test_processor_output_as_it_is(name):
     """Photographs and text in, through the whole processor; out come the tokens of explicitly pruned prompts."""
-    monkeypatch.setattr(transformers, "VideoProcessorMixin", NoVideos, raising=False)  # 5.23 looks for it
-    build, processor, mark = PROCESSORS[name]
-    stock = build()
-    texts = [f"w5 w6 {mark} w7 w8 w9", f"w4 {mark} w11"]
+    build, make_parts = PROCESSORS[name]
+    stock, parts = build(), make_parts()
+    texts = [f"w5 w6 {parts.mark} w7 w8 w9", f"w4 {parts.mark} w11"]
     pictures = [photo(*size) for size in SIZES]
-    inputs = processor()(images=pictures, text=texts, return_tensors="pt", padding=True)
+    inputs = assemble(parts)(images=pictures, text=texts, return_tensors="pt", padding=True)
     model = apply_hiprune(copy.deepcopy(stock), retention=0.4)
     logits, tokens = run(model, inputs)[:, -1], answer(model, inputs)
     selections = last_selection(model)

@@ -10,7 +10,16 @@ import torch
 from PIL import Image
 
 from hiprune_kernels import visualize
-from hiprune_kernels.visualize import ROLE_COLORS, draw_overview, draw_scores, draw_selection, to_rgb
+from hiprune_kernels.visualize import (
+    OTHER_COLORS,
+    ROLE_COLORS,
+    View,
+    draw_overview,
+    draw_scores,
+    draw_selection,
+    draw_views,
+    to_rgb,
+)
 
 GRAY = (120, 120, 120)
 YELLOW, RED, CYAN = ROLE_COLORS[1:]
@@ -160,6 +169,89 @@ def test_overview_puts_four_panels_side_by_side():
         assert pixels[:top, left : left + 60].max() > 200
 
 
+def test_other_methods_roles_have_their_own_names_and_colours():
+    roles = torch.tensor([0, 1, 1, 2])
+    picture = draw_selection(gray(200, 200), roles, (2, 2), role_names=("kept", "merger"), legend=False)
+    for index, color in ((1, OTHER_COLORS[0]), (2, OTHER_COLORS[0]), (3, OTHER_COLORS[1])):
+        assert_close(centre(picture, (2, 2), index), blended(GRAY, color, visualize._OTHER_TINT))
+    texts = [text for _, text in visualize._selection_legend(roles, ("kept", "merger"))]
+    assert texts == ["2 kept", "1 merger", "1 dropped"]
+    assert [visualize.plural(name) for name in ("register", "kept", "merged")] == ["registers", "kept", "merged"]
+
+
+def tiles():
+    """The view of the whole behind two tiles, one above the other, of 4 x 4 tokens each; every one has its colour."""
+    colors = [(200, 40, 40), (40, 200, 40), (40, 40, 200)]
+    views = zip(colors, ((0, 0), (1, 0), None))
+    return [View(Image.new("RGB", (64, 64), color), (4, 4), place) for color, place in views], colors
+
+
+def find(picture, color):
+    """The rectangle that a colour fills: left, top, right, bottom."""
+    y, x = np.nonzero((np.array(picture) == color).all(axis=2))
+    assert len(x) == (x.max() + 1 - x.min()) * (y.max() + 1 - y.min())
+    return int(x.min()), int(y.min()), int(x.max()) + 1, int(y.max()) + 1
+
+
+def test_tiles_stand_in_their_places_beside_the_view_of_the_whole():
+    views, colors = tiles()
+    roles = torch.zeros(48, dtype=torch.uint8)
+    roles[[5, 20, 40]] = torch.tensor([1, 2, 3], dtype=torch.uint8)
+    picture = draw_views(views, roles, titles=("image", "kept tokens"))
+    upper, lower, whole = (find(picture, color) for color in colors)
+    assert upper[0] == lower[0] > whole[2] and lower[1] > upper[3]
+    assert (whole[1] + whole[3]) // 2 == (upper[1] + lower[3]) // 2
+    pixels, second = np.array(picture), (picture.width - whole[0]) // 2  # where the next panel begins
+    for role, box, index in ((1, upper, 5), (2, lower, 4), (3, whole, 8)):
+        y, x = divmod(index, 4)
+        column = box[0] + second + 16 * x
+        assert tuple(pixels[box[1] + 16 * y, column + 8]) == ROLE_COLORS[role]
+        assert tuple(pixels[box[1] + 16 * y + 15, column + 8]) == ROLE_COLORS[role]
+
+
+def test_padding_is_no_dropped_token():
+    views, _ = tiles()
+    candidates = torch.ones(48, dtype=torch.bool)
+    candidates[:4] = False
+    roles = (torch.arange(48) == 30).to(torch.uint8)
+    scores = torch.arange(48.0)
+    scores[0] = 1e9  # of padding, which spans no colours
+    options = {"titles": ("image", "scores", "kept"), "role_names": ("kept",), "candidates": candidates}
+    picture = draw_views(views, roles, [scores], **options)
+    padding = (np.array(picture) == visualize._PADDING).all(axis=2).sum()
+    assert padding >= 2 * 4 * 16 * 16  # of the scores and of the kept tokens
+    texts = [text for _, text in visualize._selection_legend(roles, ("kept",), ~candidates)]
+    assert texts == ["1 kept", "43 dropped", "4 padding"]
+    other = draw_views(views, roles, [scores.clamp(max=47)], **options)
+    assert picture.tobytes() == other.tobytes()
+
+
+@pytest.mark.parametrize(("size", "scores", "columns"), [((300, 300), 2, 4), ((1200, 400), 2, 2), ((1200, 400), 1, 3)])
+def test_a_wide_figure_has_two_rows(size, scores, columns):
+    view, values = View(gray(*size), (2, 2)), [torch.arange(4.0)] * scores
+    picture = draw_views([view], [1, 2, 3, 0], values, titles=["title"] * (2 + scores))
+    assert columns * size[0] < picture.width < (columns + 0.5) * size[0]
+    assert (picture.height > 2 * size[1]) == (columns < 2 + scores)
+
+
+@pytest.mark.parametrize("size", [(20, 200), (90, 300), (336, 336)])
+def test_titles_and_legends_are_never_cut(size):
+    """Behind the last letter there is background, however narrow the image."""
+    view, title = View(gray(*size), (10, 1)), "layer 23: the CLS token's attention"
+    picture = draw_views([view], [0] * 9 + [1], [torch.arange(10.0)], titles=[title] * 3, role_names=("kept",))
+    pixels = np.array(picture)
+    panel = (picture.width - 4 * 6) // 3
+    for right in (picture.width - 6, picture.width - 12 - panel):
+        assert (pixels[:, right : right + 4] == visualize._BACKGROUND).all()
+
+
+def test_a_legend_s_letters_become_smaller_where_they_must():
+    swatch = Image.new("RGB", (8, 8), CYAN)
+    picture = visualize._with_legend(gray(176, 40), [(swatch, "1024 tokens that were merged")])
+    strip = np.array(picture)[40:]
+    assert picture.width == 176 and (strip[:, -1] == visualize._BACKGROUND).all() and strip.max() > 200
+
+
 IMAGE, GRID, ROLES, SCORES = gray(64, 64), (2, 2), [0, 1, 2, 3], [0.1, 0.2, 0.3, 0.4]
 
 
@@ -182,6 +274,19 @@ IMAGE, GRID, ROLES, SCORES = gray(64, 64), (2, 2), [0, 1, 2, 3], [0.1, 0.2, 0.3,
         (lambda: draw_overview(IMAGE, SCORES, [1.0], ROLES, GRID), ValueError, "deep_scores: expected shape"),
         (lambda: draw_overview(IMAGE, [float("inf")] * 4, SCORES, ROLES, GRID), ValueError, "object_scores: .*finite"),
         (lambda: draw_overview(IMAGE, SCORES, SCORES, ROLES, GRID, titles=("a",)), ValueError, "titles: expected four"),
+        (lambda: draw_selection(IMAGE, ROLES, GRID, role_names=("kept",)), ValueError, r"roles: .*from 0 to 1"),
+        (lambda: draw_selection(IMAGE, ROLES, GRID, role_names="kept"), ValueError, "role_names: expected the names"),
+        (lambda: draw_views([View(IMAGE, GRID)], ROLES, titles=("a",)), ValueError, "titles: expected 2 lines"),
+        (
+            lambda: draw_views([View(IMAGE, GRID)], ROLES, [SCORES, [1.0]], titles=("a",) * 4),
+            ValueError,
+            r"scores\[1\]: expected shape",
+        ),
+        (
+            lambda: draw_views([View(IMAGE, GRID)] * 2, ROLES, titles=("a", "b")),
+            ValueError,
+            r"roles: expected shape \(8,\)",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):

@@ -258,8 +258,10 @@ def test_wrong_arguments_of_check_inputs_are_named(argument):
 
 def test_no_public_function_is_left_out():
     """Nor an argument of one."""
-    takes_a_model = {"check_model", "is_patched", "last_selection", "remove_hiprune"}
+    takes_a_model = {"check_model", "is_patched", "last_selection", "remove_hiprune", "remove_method"}
+    takes_a_method = {"apply_method", "applied"}  # tests/methods
+    types = {name for name in hk.__all__ if isinstance(getattr(hk, name), type)}  # tests/methods
     listed = {function.__name__ for function, _ in [*CALLS, (hk.check_inputs, CHECKED)]}
-    assert listed | takes_a_model >= set(hk.__all__)
+    assert listed | takes_a_model | takes_a_method | types >= set(hk.__all__)
     for function, kinds in [*CALLS, (hk.check_inputs, CHECKED)]:
         assert set(kinds) == set(inspect.signature(function).parameters)

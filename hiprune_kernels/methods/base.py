@@ -30,6 +30,8 @@ _QUERIES = ("all", "cls", "mean")
 _FEATURES = ("none", "encoder", "language", "both")
 _REDUCTIONS = ("max", "mean", "last")
 
+ABSENT: Any = None  # default of fields that their readers have asked for, and need not test; for others they are None
+
 
 class Stage(enum.Enum):
     """Where in a forward a method selects."""
@@ -160,7 +162,7 @@ class TokenLayout(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a method gets to see: what it asked for by `Needs`, on one device. The rest is None or empty.
+    """What a method gets to see: what it asked for by `Needs`, on one device. What it did not ask for is None or empty.
 
     Attributes:
         layout: how the tokens lie.
@@ -179,14 +181,14 @@ class Seen(NamedTuple):
 
     layout: TokenLayout
     scores: Mapping[int, Tensor] = MappingProxyType({})
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    regions: Tensor | None = None
-    text: Sequence[Tensor] | None = None
-    text_scores: Tensor | None = None
+    keys: Tensor = ABSENT
+    features: Tensor = ABSENT
+    regions: Tensor = ABSENT
+    text: Sequence[Tensor] = ABSENT
+    text_scores: Tensor = ABSENT
     text_ids: Sequence[Tensor] | None = None
     encoder_features: Tensor | None = None
-    encoder: EncoderFacts | None = None
+    encoder: EncoderFacts = ABSENT
     device: torch.device = torch.device("cpu")
 
 
@@ -511,6 +513,9 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
 
     if not isinstance(needs, Needs):
         raise TypeError(f"{name}: expected Needs from `needs`, got {type(needs).__name__}")
+    if not isinstance(needs.scores, Mapping):
+        got = type(needs.scores).__name__
+        raise TypeError(f"{name}: expected scores to be a mapping from layers to queries, got {got}")
     layers = f"of layers 1 to {encoder.feature_layer} (1-based, up to the layer whose output are the features)"
     for layer, queries in needs.scores.items():
         if type(layer) is not int or not 1 <= layer <= encoder.feature_layer:
@@ -521,13 +526,15 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
             refuse("scores", f'of "all" or "mean", as {encoder.name} has no CLS token', queries)
     if needs.features not in _FEATURES:
         refuse("features", f"to be one of {_FEATURES}", needs.features)
-    layer = needs.region_features
-    if layer is not None and (type(layer) is not int or not 1 <= layer <= encoder.feature_layer):
-        refuse("region_features", layers, layer)
+    region = needs.region_features
+    if region is not None and (type(region) is not int or not 1 <= region <= encoder.feature_layer):
+        refuse("region_features", layers, region)
     if needs.stage(encoder) is Stage.LANGUAGE and not encoder.decoder_layers:
         wanted = "text" if needs.text or needs.text_attention else "features of the language model"
         raise ValueError(f"{name}: needs {wanted}, expected a model with a language model, got {encoder.name} alone")
     if needs.text_attention is not None:
+        if not isinstance(needs.text_attention, (list, tuple)) or len(needs.text_attention) != 2:
+            refuse("text_attention", "to be (decoder layer, reduction)", needs.text_attention)
         layer, reduction = needs.text_attention
         if type(layer) is not int or not 1 <= layer <= encoder.decoder_layers:
             refuse("text_attention", f"of decoder layers 1 to {encoder.decoder_layers}", layer)
@@ -537,8 +544,8 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
         if reduction not in _REDUCTIONS:
             refuse("text_attention", f"reduced by one of {_REDUCTIONS}", reduction)
     if merges(method) and needs.features == "none":
-        refuse("features", "of the encoder or the language model, as it merges them,", needs.features)
-    return needs
+        refuse("features", 'to be "encoder" or "language", as it merges them', needs.features)
+    return needs._replace(scores=dict(needs.scores))  # a copy of the model copies them, which a mapping proxy forbids
 
 
 def checked_kept(method: Method, layout: TokenLayout) -> list[int]:
@@ -578,15 +585,16 @@ def checked_picks(
             raise ValueError(f"{name}: expected {what} on {device}, got {what} on {tensor.device}")
     if len(roles) != sum(sizes):
         raise ValueError(f"{name}: expected roles of {sum(sizes)} tokens, got {len(roles)}")
-    if len(counts) != len(sizes) or not all(type(count) is int and count >= 0 for count in counts):
+    right = isinstance(counts, (list, tuple)) and len(counts) == len(sizes)
+    if not right or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{name}: expected counts of {len(sizes)} tiles, got {counts!r}")
     found = [sum(counts[tiles]) for tiles, _ in layout.images()]
     if found != list(kept) or len(indices) != sum(kept):
         raise ValueError(
-            f"{name}: expected {list(kept)} tokens of each image, as `kept` says, got counts of {found} and {len(indices)} "
-            "indices"
+            f"{name}: expected {list(kept)} tokens of each image, as `kept` says, got counts of {found} and "
+            f"{len(indices)} indices"
         )
-    return picks if _is_guaranteed(type(method)) else _checked_values(name, picks, len(method.roles), sizes)
+    return picks if _is_guaranteed(type(method)) else _checked_values(name, picks, len(method.roles), layout)
 
 
 def _is_guaranteed(method: type[Method]) -> bool:
@@ -594,10 +602,10 @@ def _is_guaranteed(method: type[Method]) -> bool:
     return next(vars(cls).get("guaranteed", False) for cls in method.__mro__ if "select" in vars(cls))
 
 
-def _checked_values(name: str, picks: Picks, num_roles: int, sizes: Sequence[int]) -> Picks:
+def _checked_values(name: str, picks: Picks, num_roles: int, layout: TokenLayout) -> Picks:
     indices, roles = picks.indices.cpu(), picks.roles.cpu()
     first = 0
-    for tile, (part, size) in enumerate(zip(indices.split(list(picks.counts)), sizes)):
+    for tile, (part, size) in enumerate(zip(indices.split(list(picks.counts)), layout.sizes)):
         here = part[part >= 0]
         for index in part[: len(here)][part[: len(here)] < 0].tolist():
             raise ValueError(f"{name}: expected fill at the end of tile {tile}'s indices, got {index} before others")
@@ -608,6 +616,11 @@ def _checked_values(name: str, picks: Picks, num_roles: int, sizes: Sequence[int
             raise ValueError(f"{name}: expected ascending indices, each once, in tile {tile}, got {pair}")
         first += size
     chosen = indices[indices >= 0]
+    if layout.candidates is not None:
+        for token in chosen[~layout.candidates[chosen]].tolist():
+            raise ValueError(
+                f"{name}: expected no padding, got token {token}, which is none of the layout's candidates"
+            )
     expected = torch.zeros(len(roles), dtype=torch.bool)
     expected[chosen] = True
     for token in ((roles > 0) != expected).nonzero()[:, 0].tolist():

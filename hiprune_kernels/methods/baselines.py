@@ -103,7 +103,7 @@ def _select_on_host(
     sizes = layout.sizes
     mask = torch.ones(sum(sizes), dtype=torch.bool) if layout.candidates is None else layout.candidates
     candidates = [part.nonzero()[:, 0] for part in mask.split(sizes)]
-    chosen = []
+    chosen: list[Tensor] = []
     for tiles, _ in layout.images():
         chosen += choose(candidates[tiles], budgets[tiles], list(layout.grids[tiles]))
     roles, parts, first = torch.zeros(sum(sizes), dtype=torch.uint8), [], 0

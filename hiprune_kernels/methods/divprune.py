@@ -51,6 +51,7 @@ def farthest_points(features: Tensor, count: int) -> Tensor:
     """`count` of the rows of features [N, C] by farthest-point sampling on 1 - cosine, in the order of choice."""
     features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
     distances = 1 - features @ features.T  # [N, N]
+    distances = torch.minimum(distances, distances.T)  # the product of few rows may round otherwise than its mirror
     nearest_other = distances.clone().fill_diagonal_(torch.inf).amin(dim=1)
     least, chosen = distances.new_full((len(features),), torch.inf), [nearest_other.argmax()]
     for _ in range(count - 1):

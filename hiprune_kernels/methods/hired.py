@@ -117,6 +117,7 @@ class HiRED(Method):
         layout = seen.layout
         if layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
             return [1.0]  # the sub-images are mixed into one
+        assert layout.tile_grids is not None  # or `needs` has refused the model
         return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
 
 

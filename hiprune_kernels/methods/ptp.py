@@ -179,6 +179,7 @@ class PTP(Method):
 
     def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
         layout = seen.layout
+        assert layout.thumbnail is not None and layout.tile_grids is not None  # or `needs` has refused the model
         sizes = layout.sizes[tiles]
         whole = layout.thumbnail % len(sizes)
         first = tokens.start + sum(sizes[:whole])

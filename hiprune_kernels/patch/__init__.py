@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..facts import EncoderFacts
-from ..methods import HiPrune, Method, Selection, Stage
+from ..methods import HiPrune, Method, Selection, Stage, options_of
 from ..methods.base import checked_needs, merges
 from .call import PATCH, Patch, PatchedEncoder, forward_names
 from .edits import clear_methods
@@ -184,24 +184,27 @@ def apply_hiprune(
         >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     """
     _family(model)  # what cannot be patched at all is said first
-    method = HiPrune(
-        budget=budget,
-        retention=retention,
-        alpha=alpha,
-        object_layer=object_layer,
-        rule=rule,
-        neighborhood=neighborhood,
-        score_queries=score_queries,
-        keep_roles=keep_roles,
-    )
-    return apply_method(model, method, unpad=unpad)
+    options = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    return apply_method(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad)
 
 
 remove_hiprune = remove_method
 
 
 @contextmanager
-def hiprune(model: Model, *, unpad: str | None = None, **options: Any) -> Iterator[Model]:
+def hiprune(
+    model: Model,
+    *,
+    budget: int | None = None,
+    retention: float | None = None,
+    alpha: float = HiPrune.alpha,
+    object_layer: int | None = HiPrune.object_layer,
+    rule: str = HiPrune.rule,
+    neighborhood: str = HiPrune.neighborhood,
+    score_queries: str = HiPrune.score_queries,
+    keep_roles: Sequence[str] = HiPrune.keep_roles,
+    unpad: str | None = None,
+) -> Iterator[Model]:
     """`applied` with `HiPrune` of these options, those of `apply_hiprune`.
 
     Example:
@@ -209,7 +212,8 @@ def hiprune(model: Model, *, unpad: str | None = None, **options: Any) -> Iterat
         ...     answer = model.generate(**inputs)
     """
     _family(model)
-    with applied(model, HiPrune(**options), unpad=unpad):
+    options = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    with applied(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad):
         yield model
 
 
@@ -223,8 +227,10 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
         ValueError, TypeError: naming the argument or the method, what was expected and what came.
     """
     if not isinstance(method, Method):
-        got = f"the class {method.__name__}, without options" if isinstance(method, type) else type(method).__name__
-        raise TypeError(f"method: expected a Method, such as HiPrune(budget=192), got {got}")
+        raise TypeError(
+            "method: expected a Method, such as HiPrune(budget=192), got "
+            + (f"the class {method.__name__}, without options" if isinstance(method, type) else type(method).__name__)
+        )
     host = family.host(model)
     family.check(host)
     kind = family.kind
@@ -286,8 +292,8 @@ def _install(patch: Patch, model: nn.Module) -> None:
             if encoder.region_layer is not None:
                 edits.set_method(encoder.region_layer, "forward", region_layer_forward)
             edits.set_method(encoder.feature_layer, "forward", feature_layer_forward)
-            for layer in encoder.skipped_layers:
-                edits.set_method(layer, "forward", skipped_layer_forward)
+            for skipped in encoder.skipped_layers:
+                edits.set_method(skipped, "forward", skipped_layer_forward)
         edits.set_attribute(host, PATCH, patch)
         edits.set_method(host, "forward", host_forward)
         if patch.connector is not None:

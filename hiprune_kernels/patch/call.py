@@ -12,15 +12,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..facts import EncoderFacts
 from ..methods import HiPrune, Method, Needs, Picks, Seen, Selection, Stage, TokenLayout
-from ..methods.base import checked_picks
-from .edits import Edits
+from ..methods.base import ABSENT, checked_picks
+from .edits import Edits, StockModule
 from .encoders import EncoderFamily
 
 if TYPE_CHECKING:
@@ -28,6 +28,15 @@ if TYPE_CHECKING:
 
 PATCH = "_hiprune"  # where a patched model keeps its Patch
 ENCODED = "hiprune"  # in `mm_encoder_outputs`, beside features that `generate` encoded ahead: the Call that made them
+
+_T = TypeVar("_T")
+
+
+def present(value: _T | None, what: str) -> _T:
+    """A value that may be None, where it must not be: else RuntimeError."""
+    if value is None:
+        raise RuntimeError(f"hiprune_kernels: expected {what}, got None")
+    return value
 
 
 @dataclass
@@ -79,10 +88,10 @@ class Patch:
     method: Method
     unpad: str | None  # see `apply_method`
     family: ModelFamily
-    host: nn.Module
+    host: StockModule
     encoders: list[PatchedEncoder]
     connector: nn.Module | None
-    language_model: nn.Module | None
+    language_model: StockModule | None
     argument_names: tuple[str, ...]  # of the host's forward
     edits: Edits = field(default_factory=Edits)
     last: list[Selection] = field(default_factory=list)
@@ -131,12 +140,27 @@ class Run:
     video: bool = False  # of videos, not of images
     whole: bool = False  # every token stays: the forward is stock
     scores: dict[int, Tensor] = field(default_factory=dict)  # the fields of Seen, as they come
-    keys: Tensor | None = None
-    features: Tensor | None = None
+    keys: Tensor = ABSENT
+    features: Tensor = ABSENT
     regions: Tensor | None = None
-    seen: Seen | None = None
-    picks: Picks | None = None
     connector_prefix: int = 0  # prefix rows that went through the connector with every image
+    _seen: Seen | None = None  # both are None until `select`
+    _picks: Picks | None = None
+
+    @property
+    def seen(self) -> Seen:
+        """What the method was shown."""
+        return present(self._seen, "what the method was shown")
+
+    @property
+    def picks(self) -> Picks:
+        """What it picked."""
+        return present(self._picks, "what the method picked")
+
+    @property
+    def unit_rows(self) -> Tensor:
+        """`TokenLayout.unit_rows` of a packed encoder, which has them in every run that prunes."""
+        return present(self.layout.unit_rows, "unit_rows of a packed encoder")
 
     @property
     def stage(self) -> Stage:
@@ -157,14 +181,20 @@ class Run:
                     "was replaced by one that hiprune_kernels cannot listen to; undo that, or choose another layer"
                 )
         seen = {"keys": self.keys, "features": self.features, "regions": self.regions, **late}
-        self.seen = Seen(
+        self._seen = Seen(
             self.layout,
             {layer: self.scores[layer].to(device) for layer in needs.scores},
             **{name: _to(value, device) for name, value in seen.items()},
             encoder=encoder.facts,
             device=device,
         )
-        self.picks = checked_picks(method, method.select(self.seen), self.layout, self.announced, device)
+        self._picks = checked_picks(method, method.select(self._seen), self.layout, self.announced, device)
+
+    def keep_all(self, role: int, device: torch.device) -> None:
+        """Let every token stay, and the forward be stock: nothing is selected."""
+        count, self.whole = sum(self.layout.sizes), True
+        roles = torch.full((count,), role, dtype=torch.uint8, device=device)
+        self._picks = Picks(torch.arange(count, device=device), roles, self.layout.sizes)
 
     def merged(self, method: Method, features: Tensor) -> Tensor:
         """What the method makes of the features of all tokens, [T, C]."""
@@ -177,7 +207,7 @@ class Run:
 
     def check_selected(self, patch: Patch) -> None:
         """Raise RuntimeError if nothing was selected where it should have been."""
-        if self.picks is None:
+        if self._picks is None:
             encoder = self.encoder
             raise RuntimeError(
                 f"model: expected layer {encoder.facts.feature_layer} of {type(encoder.module).__name__} to run as "
@@ -256,7 +286,7 @@ def current_run(module: nn.Module) -> Run | None:
     """The run that `module`, a part of a vision encoder, is in, if it selects anything."""
     call = _CALL.get()
     encoder = call.patch.encoder_of(module) if call is not None else None
-    if encoder is None or not call.runs or call.runs[-1].encoder is not encoder or call.runs[-1].whole:
+    if call is None or encoder is None or not call.runs or call.runs[-1].encoder is not encoder or call.runs[-1].whole:
         return None
     return call.runs[-1]
 

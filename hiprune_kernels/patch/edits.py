@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import transformers
 from torch import nn
 
 _PACKAGE = __name__.split(".")[0]
+
+StockModule: TypeAlias = Any  # a module of transformers: torch declares none of its attributes, config and parts
 
 
 class _Around:

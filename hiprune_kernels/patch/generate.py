@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .call import ENCODED, PATCH, Call, has_images, open_call
-from .edits import Edits
+from .edits import Edits, StockModule
 from .language import CACHE, cache_of, cached_length, live_map
 from .models import ModelFamily
 
@@ -30,7 +30,7 @@ def wrong_beams(model_type: str) -> bool:
 
 
 def prepare_inputs_for_generation(
-    self: nn.Module,
+    self: StockModule,
     input_ids: Tensor,
     next_sequence_length: int | None = None,
     inputs_embeds: Tensor | None = None,  # named, as `generate` looks for the name
@@ -55,7 +55,7 @@ def prepare_inputs_for_generation(
 
 
 def create_masks_for_generate(
-    self: nn.Module,
+    self: StockModule,
     config: Any,
     inputs_embeds: Tensor,
     attention_mask: Any,
@@ -75,7 +75,7 @@ def create_masks_for_generate(
 
 
 def _prefill(
-    self: nn.Module, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
+    self: StockModule, input_ids: Tensor, generation_config: Any, model_kwargs: dict[str, Any], **kwargs: Any
 ) -> Any:
     """Stock, which cannot cut into chunks what is pruned; what is not pruned goes its way without our record of it."""
     if generation_config.prefill_chunk_size is not None:
@@ -92,7 +92,7 @@ def _prefill(
 
 
 def _maybe_prepare_encoder_kwargs_for_generation(
-    self: nn.Module,
+    self: StockModule,
     inputs_tensor: Tensor,
     model_kwargs: dict[str, Any],
     model_input_name: str | None,
@@ -119,7 +119,7 @@ def _maybe_prepare_encoder_kwargs_for_generation(
     return model_kwargs
 
 
-def _expand_multimodal_outputs(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+def _expand_multimodal_outputs(self: StockModule, *args: Any, **kwargs: Any) -> dict[str, Any]:
     """transformers' own for all models: GLM's repeats image by image, but in the beams prompts follow one another."""
     return GenerationMixin._expand_multimodal_outputs(self, *args, **kwargs)
 
@@ -127,7 +127,7 @@ def _expand_multimodal_outputs(self: nn.Module, *args: Any, **kwargs: Any) -> di
 # -------------------------------------------------------------------------------------------------- positions of M-RoPE
 
 
-def compute_3d_position_ids(self: nn.Module, **kwargs: Any) -> Tensor | None:
+def compute_3d_position_ids(self: StockModule, **kwargs: Any) -> Tensor | None:
     """Stock, but behind a pruned prompt positions go on as behind the whole one, which the cache is shorter than."""
     cache = cache_of(kwargs)
     cache_map = live_map(cache)
@@ -151,7 +151,7 @@ class _FullLength:
 
 
 def _prepare_position_ids_for_generation(
-    self: nn.Module, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
+    self: StockModule, inputs_tensor: Tensor, model_kwargs: dict[str, Any]
 ) -> Tensor:
     """Stock, which looks behind what is cached for new images, and is to count the pruned tokens as cached."""
     cache = cache_of(model_kwargs)

@@ -15,14 +15,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.masking_utils import create_masks_for_generate as stock_create_masks_for_generate
 
 from .call import bind, current_call, forward_names, refuse_if_pruned
-from .edits import Edits
+from .edits import Edits, StockModule
 from .late import Prompt, select_late
 
 _MAP = "_hiprune_map"
@@ -46,8 +46,8 @@ class CacheMap:
         """This map for a batch made of these rows [R] of its batch."""
         rows = rows.to(self.valid.device)
         deltas = None if self.rope_deltas is None else self.rope_deltas[rows.to(self.rope_deltas.device)]
-        tensors = {"source": self.source[rows], "valid": self.valid[rows], "dropped": self.dropped[rows]}
-        return replace(self, **tensors, rope_deltas=deltas)
+        source, valid, dropped = self.source[rows], self.valid[rows], self.dropped[rows]
+        return replace(self, source=source, valid=valid, dropped=dropped, rope_deltas=deltas)
 
     def check_batch(self, batch: int) -> None:
         """Raise ValueError if inputs have another number of rows."""
@@ -102,13 +102,21 @@ def cached_length(cache: Any) -> int:
 CACHE_METHODS = ("get_seq_length", "reorder_cache", "batch_select_indices", "batch_repeat_interleave")
 
 
-class _MappedCache:
+if TYPE_CHECKING:
+    from transformers import Cache as _Cache  # whose methods are behind ours, see `_mapped_class`
+else:
+    _Cache = object
+
+
+class _MappedCache(_Cache):
     """What a cache with a map has before its own class: methods that rearrange the map's rows with the cache's.
 
     A class of its own rather than methods on the instance, which would hold the cache in a reference cycle.
     """
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    stock_class: ClassVar[type]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._take(beam_idx)
 
@@ -308,7 +316,7 @@ def language_model_forward(module: nn.Module, forward: Callable[..., Any], *args
     return output
 
 
-def head_forward(module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def head_forward(module: StockModule, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """The model with the head: what counts positions in the unpruned logits cannot be honoured where tokens go."""
     arguments = bind(forward_names(module), args, kwargs) if args else kwargs
     if not isinstance(arguments.get("logits_to_keep", 0), int):

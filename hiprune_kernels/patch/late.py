@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from .. import ops
 from ..methods import Stage
 from ..methods.base import merges
-from .call import Call, Run
-from .edits import refuse_replaced
+from .call import Call, Run, present
+from .edits import StockModule, refuse_replaced
 from .tap import Attention, listen_to_copy
 
 _ATTENTION = "self_attn"  # of a decoder layer, in all language models that are supported
 
 
-def attention_layers(language_model: nn.Module) -> tuple[int, ...]:
+def attention_layers(language_model: StockModule) -> tuple[int, ...]:
     """1-based decoder layers with softmax attention; linear attention has no scores."""
     return tuple(i for i, layer in enumerate(language_model.layers, 1) if hasattr(layer, _ATTENTION))
 
@@ -48,7 +48,7 @@ class Prompt:
         return Prompt(found, beams)
 
 
-def placeholders_in(host: nn.Module, arguments: dict[str, Any], token_id: int) -> Tensor:
+def placeholders_in(host: StockModule, arguments: dict[str, Any], token_id: int) -> Tensor:
     """Where the prompt has tokens of this kind, as the stock forward finds them: bool [B, L]."""
     if arguments.get("input_ids") is not None:
         return arguments["input_ids"] == token_id
@@ -110,7 +110,8 @@ def select_late(call: Call, prompt: Prompt, kwargs: dict[str, Any], seen: int) -
         tokens, features = run.placeholder_tokens(device), embeds[places]
         if run.stage is Stage.LANGUAGE:
             images = _places_of_images(run, tokens, places)
-            needs, late = run.encoder.needs, {}
+            needs = run.encoder.needs
+            late: dict[str, Any] = {}
             if needs.features == "both":
                 late["encoder_features"] = run.features
             if needs.features in ("language", "both"):
@@ -137,12 +138,13 @@ def _merged(call: Call, run: Run, tokens: Tensor, features: Tensor) -> Tensor:
         merged = run.merged(method, _scatter(tokens, features, run.layout))
         return torch.where((tokens >= 0)[:, None], merged[tokens], features)
     kept = run.picks.roles.nonzero()[:, 0]
+    connector = present(patch.connector, "a connector")
     rows = run.merged(method, run.features)[kept.to(run.features.device)]
     if run.encoder.family.packed:
-        rows = rows.view(-1, rows.shape[1] // run.layout.unit_rows.shape[1])
-        projected = contextvars.Context().run(patch.connector, rows)
+        rows = rows.view(-1, rows.shape[1] // run.unit_rows.shape[1])
+        projected = contextvars.Context().run(connector, rows)
     else:  # in a context of its own the connector is the stock one
-        projected = contextvars.Context().run(patch.connector, rows[None])[0]
+        projected = contextvars.Context().run(connector, rows[None])[0]
     merged = features.new_zeros(sum(run.layout.sizes), features.shape[1])
     merged = merged.index_copy(0, kept.to(features.device), projected.to(features))
     return torch.where((tokens >= 0)[:, None], merged[tokens], features)
@@ -222,7 +224,7 @@ def _text_scores(
 
 def _probe(call: Call, kwargs: dict[str, Any], layer: int, beams: int, seen: int) -> Attention:
     """Queries and keys of a decoder layer, 1-based, from a run of the layers up to it on the whole prompts."""
-    name, module = type(call.patch.method).__name__, call.patch.language_model
+    name, module = type(call.patch.method).__name__, present(call.patch.language_model, "a language model")
     if seen > 0:
         raise ValueError(
             f"{name}: text attention needs the whole prompt, but {seen} tokens of it are in the cache already; hand "

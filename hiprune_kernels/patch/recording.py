@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .call import PATCH, bind, forward_names
-from .edits import Edits
+from .edits import Edits, StockModule
 from .encoders import EncoderFamily, find_encoder, locate_layers
 from .tap import Attention, refuse_tapped, tap_attention
 
@@ -67,16 +67,21 @@ class _SizesReader:
     recording: _Recording
     family: EncoderFamily
 
-    def __call__(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, module: StockModule, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self.recording.active:
             arguments = bind(forward_names(module), args, kwargs)
             self.recording.raster_rows = _raster_rows(self.family, module.config, arguments)
         return forward(*args, **kwargs)
 
 
-def _raster_rows(family: EncoderFamily, config: Any, arguments: dict[str, Any]) -> Tensor:
-    """A packed encoder's rows [T] in raster order of the patches, image by image: merge groups and windows undone."""
+def _raster_rows(family: EncoderFamily, config: Any, arguments: dict[str, Any]) -> Tensor | None:
+    """A packed encoder's rows [T] in raster order of the patches, image by image: merge groups and windows undone.
+
+    None: they are in that order.
+    """
     unit_rows, grids = family.unit_rows(config, arguments), family.grids(config, arguments)
+    if unit_rows is None:
+        return None
     side = math.isqrt(unit_rows.shape[1])
     images = zip(unit_rows.split([math.prod(grid) for grid in grids]), grids)
     return torch.cat([rows.view(-1, *grid[-2:], side, side).transpose(2, 3).flatten() for rows, grid in images])

@@ -21,6 +21,7 @@ from ..methods import HiPrune
 from . import stock as stock_functions
 from . import tiny
 from .call import Patch
+from .edits import StockModule
 from .generate import wrong_beams
 from .language import CACHE
 
@@ -72,7 +73,7 @@ def check_model(model_or_type: nn.Module | str) -> Verdict:
     if isinstance(model_or_type, str):
         if model_or_type not in FAMILIES:
             raise ValueError(f"model_or_type: expected one of {', '.join(FAMILIES)}, got {model_or_type!r}")
-        variant = (model_or_type, None, None)
+        variant: tuple[str, str | None, str | None] = (model_or_type, None, None)
     elif not isinstance(model_or_type, transformers.PreTrainedModel):
         got = type(model_or_type).__name__
         raise TypeError(f"model_or_type: expected a transformers.PreTrainedModel or a model type, got {got}")
@@ -90,7 +91,7 @@ def check_model(model_or_type: nn.Module | str) -> Verdict:
     return Verdict(variant[0], "")
 
 
-def _variant(model: nn.Module) -> tuple[str, str | None, str | None]:
+def _variant(model: StockModule) -> tuple[str, str | None, str | None]:
     parts = (
         getattr(getattr(model.config, name, None), "model_type", None) for name in ("text_config", "vision_config")
     )
@@ -168,7 +169,7 @@ def _undisturbed() -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------------- the comparison
 
 
-def _compare(stock: nn.Module, inputs: dict[str, Tensor]) -> None:
+def _compare(stock: StockModule, inputs: dict[str, Tensor]) -> None:
     """Raises where a patched copy of `stock` and stock code differ."""
     from . import FAMILIES, _install, _prepare
 
@@ -186,7 +187,7 @@ def _compare(stock: nn.Module, inputs: dict[str, Tensor]) -> None:
     for row, logits in zip(rows, _decoding_step(model, inputs)):
         _expect_close("logits of a decoding step", logits, _row_logits(stock, _extended(stock, row, [_TOKEN]))[-1:])
 
-    visual = {getattr(stock.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
+    visual: set[Any] = {getattr(stock.config, name, None) for name in ("image_token_id", "video_token_id")} - {None}
     options = {"do_sample": False, "max_new_tokens": _NEW_TOKENS, "suppress_tokens": sorted(visual)}
     length = inputs["input_ids"].shape[1]
 
@@ -201,7 +202,7 @@ def _compare(stock: nn.Module, inputs: dict[str, Tensor]) -> None:
         _expect_equal(f"tokens of {_BEAMS} beams", generated(num_beams=_BEAMS), expected)
 
 
-def _beams_are_right(patch: Patch, stock: nn.Module) -> bool:
+def _beams_are_right(patch: Patch, stock: StockModule) -> bool:
     """Before 5.18 transformers mixes up several images of a prompt, which most models take image by image."""
     one_by_one = not patch.family.multimodal_positions
     before_518 = not hasattr(transformers.GenerationMixin, "_expand_multimodal_outputs")
@@ -244,7 +245,7 @@ class _Row:
     deepstack: list[Tensor]  # of each level, for the visual ones
 
 
-def _prefill(model: nn.Module, host: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+def _prefill(model: StockModule, host: StockModule, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Any]]:
     """Logits, what goes into the first layer of the language model, and the arguments of that."""
     seen: dict[str, Any] = {}
     hooks = (
@@ -316,7 +317,7 @@ def _kept_columns(pruned: Tensor, embeds: Tensor, mask: Tensor) -> Tensor:
     return torch.tensor(columns)
 
 
-def _row_logits(stock: nn.Module, row: _Row) -> Tensor:
+def _row_logits(stock: StockModule, row: _Row) -> Tensor:
     """[K, V]"""
     arguments: dict[str, Any] = {"inputs_embeds": row.embeds[None], "position_ids": row.positions[:, None]}
     if len(row.positions) == 1:
@@ -326,7 +327,7 @@ def _row_logits(stock: nn.Module, row: _Row) -> Tensor:
     return stock.lm_head(stock.model.language_model(**arguments, use_cache=False).last_hidden_state)[0]
 
 
-def _beam_search(stock: nn.Module, row: _Row, forbidden: set[int], width: int) -> list[int]:
+def _beam_search(stock: StockModule, row: _Row, forbidden: set[int], width: int) -> list[int]:
     """The new tokens of the best beam, each from forwards over the whole row; of one beam they are the greedy ones."""
     beams: list[tuple[float, list[int]]] = [(0.0, [])]
     for _ in range(_NEW_TOKENS):
@@ -340,7 +341,7 @@ def _beam_search(stock: nn.Module, row: _Row, forbidden: set[int], width: int) -
     return beams[0][1]
 
 
-def _extended(stock: nn.Module, row: _Row, tokens: list[int]) -> _Row:
+def _extended(stock: StockModule, row: _Row, tokens: list[int]) -> _Row:
     """The row with text behind it; its own last token is text, whose position is the furthest."""
     embeds = stock.get_input_embeddings()(torch.tensor(tokens, dtype=torch.long))
     return replace(

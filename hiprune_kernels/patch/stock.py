@@ -69,12 +69,13 @@ def digest(function: Callable[..., Any]) -> str:
     Of decorators only those count that are somebody else's, laid around the stock function.
     """
     sources = []
+    layer: Any = function
     try:
-        while function is not None:
-            wrapped = getattr(function, "__wrapped__", None)
-            if wrapped is None or function.__globals__["__name__"].partition(".")[0] not in ("transformers", "torch"):
-                sources.append(inspect.getsource(function.__code__))
-            function = wrapped
+        while layer is not None:
+            wrapped = getattr(layer, "__wrapped__", None)
+            if wrapped is None or layer.__globals__["__name__"].partition(".")[0] not in ("transformers", "torch"):
+                sources.append(inspect.getsource(layer.__code__))
+            layer = wrapped
     except (AttributeError, OSError, TypeError):
         return "?"
     return hashlib.sha256("".join(sources).encode()).hexdigest()[:8]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .. import ops
-from .edits import Edits
+from .edits import Edits, StockModule
 
 _TAP = "_hiprune_tap"
 # The attention implementation that hands a call to the module's tap. "flash" in its name makes the Qwen encoders hand
@@ -50,8 +50,8 @@ class Attention(NamedTuple):
         elif queries == "cls":
             return ops.attention_scores(self.query[:, :, :1], self.key, scale=self.scale)
         else:
-            masks = {"key_mask": self.key_mask, "query_mask": self.key_mask}
-            scores = ops.attention_scores(self.query, self.key, scale=self.scale, **masks)
+            mask = self.key_mask
+            scores = ops.attention_scores(self.query, self.key, scale=self.scale, key_mask=mask, query_mask=mask)
         return scores / self._num_queries() if queries == "mean" else scores
 
     def output_and_scores(self, queries: str = "all") -> tuple[Tensor, Tensor]:
@@ -135,9 +135,9 @@ def _tapped_attention(
 
     def stock() -> tuple[Tensor, Tensor | None]:
         implementation = tap.config._attn_implementation  # looked up per call: set_attn_implementation may change it
-        eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         function = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
-        untapped = copy.copy(module)  # flash attention reads the implementation's name from module.config
+        untapped: StockModule = copy.copy(module)  # flash attention reads the implementation's name from module.config
         untapped.config = tap.config
         if cu_seq_lens_q is None:
             return function(untapped, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -153,8 +153,8 @@ def _tapped_attention(
     if cu_seq_lens_q is None:
         attention = Attention(query, key, value, scaling, padding_mask(attention_mask))
     else:
-        packed = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-        attention = Attention(*packed, scaling, cu_seqlens=cu_seq_lens_q.to(torch.int32))
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        attention = Attention(q, k, v, scaling, cu_seqlens=cu_seq_lens_q.to(torch.int32))
     return tap.listener(module, attention.autocast(), stock)
 
 
@@ -162,7 +162,7 @@ _PACKED_ONLY = ("cu_seq_lens_k", "max_length_q", "max_length_k")
 ALL_ATTENTION_FUNCTIONS.register(_TAPPED, _tapped_attention)
 
 
-def tap_attention(edits: Edits, attention: nn.Module, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
+def tap_attention(edits: Edits, attention: StockModule, listener: Callable[..., tuple[Tensor, Tensor | None]]) -> None:
     """Put a listener, called with (module, `Attention`, stock function), between a module and its attention function.
 
     Every attention module looks its function up by the name in its own `config`, so a private copy of that config

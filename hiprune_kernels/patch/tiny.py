@@ -6,12 +6,15 @@ Their weights make every token's output its own, and attention as sharp as in a 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any, Literal
 
 import torch
 import transformers
 
+from .edits import StockModule
 from .models import internvl, llava
 
 # ----------------------------------------------------------------------------------------------- encoders by themselves
@@ -29,11 +32,11 @@ class EncoderCase:
     arguments: dict = field(default_factory=dict)  # of the forward
 
     @property
-    def config(self) -> type:
+    def config(self) -> type[Any]:
         return getattr(transformers, f"{self.name}Config")
 
     @property
-    def model(self) -> type:
+    def model(self) -> type[Any]:
         return getattr(transformers, f"{self.name}Model")
 
     @property
@@ -99,11 +102,11 @@ def encoder_inputs(name: str, count: int = 2, seed: int = 0) -> dict:
         mask = (torch.arange(40) < shapes.prod(dim=1, keepdim=True)).long()
         pixels = torch.randn(count, 40, 3 * 8 * 8, generator=generator)
         return {"pixel_values": pixels, "pixel_attention_mask": mask, "spatial_shapes": shapes}
-    pixels = [8 * side for side in case.grid[-2:]]
+    sides = [8 * side for side in case.grid[-2:]]
     if len(case.grid) == 3:
         frames = 2 * case.grid[0]
-        return {"pixel_values_videos": torch.randn(count, frames, 3, *pixels, generator=generator), **case.arguments}
-    return {"pixel_values": torch.randn(count, 3, *pixels, generator=generator), **case.arguments}
+        return {"pixel_values_videos": torch.randn(count, frames, 3, *sides, generator=generator), **case.arguments}
+    return {"pixel_values": torch.randn(count, 3, *sides, generator=generator), **case.arguments}
 
 
 # ------------------------------------------------------------------------------------------------------------ LLaVA-1.5
@@ -151,7 +154,7 @@ def tiny_text_config(model_type: str = "llama", **changes) -> transformers.Pretr
     return transformers.AutoConfig.for_model(model_type, **{**values, **changes})
 
 
-def _sharpen(encoder: transformers.PreTrainedModel) -> None:
+def _sharpen(encoder: StockModule) -> None:
     """Attention of random weights is nearly flat; make scores differ as widely as in a trained encoder."""
     if encoder.config.model_type == "siglip_vision_model":  # whose own start is too small to be seen
         for parameter in encoder.encoder.parameters():
@@ -195,7 +198,7 @@ def images(count: int, seed: int = 0, size: int = 48) -> torch.Tensor:
     return torch.randn(count, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-def prompt(*parts: int | str | list[int], seed: int = 0, image_tokens: int = NUM_TOKENS) -> list[int]:
+def prompt(*parts: int | Literal["image"] | list[int], seed: int = 0, image_tokens: int = NUM_TOKENS) -> list[int]:
     """Token ids: an int is that many random text tokens, "image" the placeholders of one image, a list itself."""
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = []
@@ -293,7 +296,8 @@ def anyres_batch(model: transformers.PreTrainedModel, rows: list[list], side: st
 
     generator = torch.Generator().manual_seed(seed)
     onevision = model.config.model_type == "llava_onevision"
-    ids, sizes, tiles, videos, counts = [], [], [], 0, []
+    ids, tiles, videos, counts = [], [], 0, []
+    sizes: list[tuple[int, int]] = []
     for i, row in enumerate(rows):
         images_of_row = [part for part in row if isinstance(part, tuple)]
         several, first = onevision and len(images_of_row) > 1, len(sizes)
@@ -368,7 +372,12 @@ def tiny_internvl(
 ) -> transformers.InternVLForConditionalGeneration:
     """An InternVL whose tiles have 12 by 12 patches and, as images elsewhere, 6 by 6 tokens."""
     torch.manual_seed(seed)
-    vision = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": DEPTH, "num_attention_heads": 4}
+    vision: dict[str, Any] = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": 4,
+    }
     config = transformers.InternVLConfig(
         vision_config=transformers.InternVLVisionConfig(**vision, image_size=96, patch_size=8, use_qk_norm=use_qk_norm),
         text_config=text or tiny_text_config(),
@@ -419,7 +428,7 @@ def tiny_qwen(kind: str, seed: int = 0, implementation: str = "sdpa", **vision) 
     config_class, model_class = (
         getattr(transformers, _QWEN_CLASSES[kind] + end) for end in ("Config", "ForConditionalGeneration")
     )
-    common = {"depth": QWEN_DEPTH, "num_heads": 4, "patch_size": 4, "initializer_range": 0.2}
+    common: dict[str, Any] = {"depth": QWEN_DEPTH, "num_heads": 4, "patch_size": 4, "initializer_range": 0.2}
     if kind == "qwen2.5":
         common["fullatt_block_indexes"] = [1, 3]
     if kind in ("qwen3", "qwen3 moe"):
@@ -507,7 +516,7 @@ def _qwen_case(kind: str):
 
 
 # Of each family of vision-language models: model type -> (options) -> (model, inputs of two prompts)
-VLM_CASES = {
+VLM_CASES: dict[str, Callable[..., tuple[transformers.PreTrainedModel, dict[str, torch.Tensor]]]] = {
     "llava": _llava_case,
     "llava_next": _llava_next_case,
     "llava_onevision": _onevision_case,
@@ -547,8 +556,8 @@ def build(
     """A model of this type, where it has a choice with a text model and a vision tower of these, and inputs for it."""
     if model_type in _ENCODERS:
         return tiny_encoder(_ENCODERS[model_type]), encoder_inputs(_ENCODERS[model_type])
-    options = {}
-    if text in _TEXTS.get(model_type, ()):
+    options: dict[str, Any] = {}
+    if text is not None and text in _TEXTS.get(model_type, ()):
         options["text"] = tiny_text_config(text, **({"head_dim": 16} if text == "qwen3" else {}))
     if tower in _TOWERS.get(model_type, ()) and tower == "siglip_vision_model":
         options |= {"vision": tiny_siglip_config(), "vision_feature_select_strategy": "full"}

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from ..methods import Picks, Stage
-from ..methods.base import checked_kept, merges
+from ..methods import Stage
+from ..methods.base import ABSENT, checked_kept, merges
 from .call import (
     ENCODED,
     PATCH,
@@ -102,7 +102,7 @@ def encoder_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """The stock forward; in an open call it begins a run."""
     call = current_call()
     encoder = call.patch.encoder_of(self) if call is not None else None
-    if encoder is not None:
+    if call is not None and encoder is not None:
         call.runs.append(_begin_run(call, encoder, bind(encoder.argument_names, args, kwargs)))
     return type(self).forward(self, *args, **kwargs)
 
@@ -116,13 +116,7 @@ def _begin_run(call: Call, encoder: PatchedEncoder, arguments: dict[str, Any]) -
     run, sizes = Run(encoder, layout, checked_kept(patch.method, layout), video), layout.sizes
     if sum(run.announced) == sum(sizes):  # nothing is selected
         device = next(value.device for value in arguments.values() if isinstance(value, Tensor))
-        role = len(patch.method.roles)
-        run.whole = True
-        run.picks = Picks(
-            torch.arange(sum(sizes), device=device),
-            torch.full((sum(sizes),), role, dtype=torch.uint8, device=device),
-            sizes,
-        )
+        run.keep_all(len(patch.method.roles), device)
         return run
     refuse(call)
     if patch.host.training:
@@ -212,7 +206,7 @@ def _tile_indices(run: Run) -> Tensor:
 
 def _packed_units(run: Run) -> Tensor:
     """Kept tokens in the order of a packed encoder's groups of rows: which groups, ascending, [K]."""
-    indices, unit_rows = run.picks.indices, run.layout.unit_rows
+    indices, unit_rows = run.picks.indices, run.unit_rows
     if run.picks.fills:
         indices = indices[indices >= 0]
     return unit_rows[indices, 0].sort().values // unit_rows.shape[1]
@@ -220,11 +214,10 @@ def _packed_units(run: Run) -> Tensor:
 
 def _select_rows(run: Run) -> Tensor:
     """The encoder's rows to compute: [B, prefix + K G], prefix rows first, or [K G] packed."""
-    unit_rows = run.layout.unit_rows
     if run.encoder.family.packed:
-        units, group = _packed_units(run), unit_rows.shape[1]
+        units, group = _packed_units(run), run.unit_rows.shape[1]
         return (units[:, None] * group + torch.arange(group, device=units.device)).flatten()
-    indices = _tile_indices(run)
+    indices, unit_rows = _tile_indices(run), run.layout.unit_rows
     if not run.picks.even:
         indices = indices.clamp(min=0)
     if unit_rows is not None:
@@ -274,16 +267,16 @@ def _foreign(hook: Callable[..., Any]) -> bool:
 
 def feature_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The feature layer: all rows in; in a run, only the selected ones out, unless all are wanted."""
-    run = current_run(self)
-    if run is None:
+    call, run = current_call(), current_run(self)
+    if call is None or run is None:
         return type(self).forward(self, hidden_states, *args, **kwargs)
-    encoder, family, needs, method = run.encoder, run.encoder.family, run.encoder.needs, current_call().patch.method
+    encoder, family, needs, method = run.encoder, run.encoder.family, run.encoder.needs, call.patch.method
     layer, prefix = encoder.facts.feature_layer, encoder.facts.num_prefix_tokens
     if needs.region_features == layer - 1:
         run.regions = _regions(run, hidden_states)
     sparse = run.stage is Stage.FEATURE_LAYER and run.layout.pool is None
     own_regions = run.stage is Stage.FEATURE_LAYER and needs.region_features == layer
-    attention = None
+    attention: Attention = ABSENT
     if sparse or own_regions or needs.keys or layer in needs.scores:
         refuse_bypassed(self, family)
         attention = family.project(self, hidden_states, *args, **kwargs).autocast()
@@ -331,7 +324,7 @@ def _with_merged(run: Run, states: Tensor, merged: Tensor) -> Tensor:
     rows = merged.view(-1, group, states.shape[-1])
     states, unit_rows = states.clone(), run.layout.unit_rows
     if states.ndim == 2:
-        states[unit_rows.to(states.device)] = rows
+        states[run.unit_rows.to(states.device)] = rows
     elif unit_rows is None:
         states[:, prefix:] = rows.view(len(states), -1, states.shape[-1])
     else:
@@ -353,9 +346,9 @@ def skipped_layer_forward(self: nn.Module, hidden_states: Tensor, *args: Any, **
 def connector_forward(module: nn.Module, forward: Callable[..., Tensor], features: Tensor) -> Tensor:
     """Features to the language model's space; in a run, for the kept tokens, spread over the places of all of them."""
     call = current_call()
-    run = call.runs[-1] if call is not None and call.patch.connector is module and call.runs else None
-    if run is None:
+    if call is None or call.patch.connector is not module or not call.runs:
         return forward(features)
+    run = call.runs[-1]
     family = run.encoder.family
     if run.stage is not Stage.LANGUAGE:
         run.check_selected(call.patch)
@@ -366,7 +359,7 @@ def connector_forward(module: nn.Module, forward: Callable[..., Tensor], feature
     if family.packed:
         projected = forward(features)
         places = _packed_units(run)
-        return projected.new_zeros(len(run.layout.unit_rows), projected.shape[-1]).index_copy(0, places, projected)
+        return projected.new_zeros(len(run.unit_rows), projected.shape[-1]).index_copy(0, places, projected)
     tokens = _tile_indices(run)
     if family.full_shape:
         features = gather_rows(features, tokens.clamp(min=0).to(features.device))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ..edits import StockModule
 from . import qwen, vit
 from .family import EncoderFamily
 
@@ -25,7 +26,7 @@ def find_encoder(model: nn.Module) -> tuple[EncoderFamily, Any, list[nn.Module]]
     return family, module.config, list(module.get_submodule(family.layers))
 
 
-def locate_layers(model: nn.Module) -> tuple[EncoderFamily, nn.Module]:
+def locate_layers(model: nn.Module) -> tuple[EncoderFamily, StockModule]:
     """Family of the vision encoder that `find_encoder` finds, and the module right above its layers.
 
     Raises:
@@ -34,7 +35,7 @@ def locate_layers(model: nn.Module) -> tuple[EncoderFamily, nn.Module]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        family = ENCODERS.get(getattr(getattr(module, "config", None), "model_type", None))
+        family = ENCODERS.get(getattr(getattr(module, "config", None), "model_type", ""))
         if family is None or type(module).__name__ in family.not_in:
             continue
         if isinstance(_descend(module, family.layers), nn.ModuleList):

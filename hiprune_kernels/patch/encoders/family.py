@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ...facts import EncoderKind
 from ...methods.base import Grid
+from ..edits import StockModule
 from ..tap import Attention
 
 
@@ -29,7 +30,7 @@ class EncoderFamily:
     # (layer, hidden_states, the layer's other arguments) -> queries, keys, values
     project: Callable[..., Attention]
     # (layer, hidden states, attention output) of rows -> states
-    finish: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    finish: Callable[[StockModule, Tensor, Tensor], Tensor]
     # (config, the encoder's arguments) -> token grid of each image
     grids: Callable[[Any, dict[str, Any]], list[Grid]]
     # paths of what else than a layer and its attention they compute, not merely call
@@ -59,7 +60,7 @@ def image_grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
 
 
 def finish_layer(
-    layer: nn.Module, states: Tensor, attended: Tensor, *, output: str, norm: str, drop: str = ""
+    layer: StockModule, states: Tensor, attended: Tensor, *, output: str, norm: str, drop: str = ""
 ) -> Tensor:
     """`EncoderFamily.finish` of a pre-norm layer: `output` is the path of its attention's output projection.
 

@@ -8,11 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.vision_utils import get_vision_window_index
 
 from ...facts import ENCODERS
 from ...methods.base import Grid
+from ..edits import StockModule
 from ..tap import Attention
 from .family import EncoderFamily, finish_layer
 
@@ -40,7 +41,7 @@ def _window_unit_rows(config: Any, arguments: dict[str, Any]) -> Tensor:
 
 
 def _project(
-    layer: nn.Module,
+    layer: StockModule,
     hidden_states: Tensor,  # [T, C]
     cu_seqlens: Tensor,
     position_embeddings: tuple[Tensor, Tensor],

@@ -7,16 +7,17 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.models.dinov2 import modeling_dinov2
 
 from ...facts import ENCODERS
 from ...methods.base import Grid
+from ..edits import StockModule
 from ..tap import Attention, split_heads
 from .family import EncoderFamily, finish_layer, image_grids
 
 
-def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> Iterator[Tensor]:
+def _heads(attention: StockModule, states: Tensor, head_dim: int, *names: str) -> Iterator[Tensor]:
     """What the attention's projections of these names make of states [B, N, C], by heads: [B, H, N, D] each."""
     return (split_heads(getattr(attention, name)(states), head_dim) for name in names)
 
@@ -25,12 +26,19 @@ def _heads(attention: nn.Module, states: Tensor, head_dim: int, *names: str) -> 
 
 
 def _plain_project(
-    layer: nn.Module, hidden_states: Tensor, attention_mask: None = None, *, path: str, norm: str, scale: str, **_: Any
+    layer: StockModule,
+    hidden_states: Tensor,
+    attention_mask: None = None,
+    *,
+    path: str,
+    norm: str,
+    scale: str,
+    **_: Any,
 ) -> Attention:
     """Layers that differ in names only."""
     attention, normed = layer.get_submodule(path), getattr(layer, norm)(hidden_states)
-    heads = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
-    return Attention(*heads, getattr(attention, scale))
+    query, key, value = _heads(attention, normed, attention.head_dim, "q_proj", "k_proj", "v_proj")
+    return Attention(query, key, value, getattr(attention, scale))
 
 
 _SIGLIP = EncoderFamily(
@@ -53,7 +61,7 @@ _VIT = EncoderFamily(
 # -------------------------------------------------------------------------------------------------------------- DINOv2
 
 
-def _dino_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+def _dino_finish(layer: StockModule, states: Tensor, attended: Tensor) -> Tensor:
     states = states + layer.drop_path(layer.layer_scale1(layer.attention.o_proj(attended)))
     return states + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(states))))
 
@@ -68,13 +76,13 @@ _DINO = EncoderFamily(
 )
 
 
-def _dino_project_before_518(layer: nn.Module, hidden_states: Tensor) -> Attention:
+def _dino_project_before_518(layer: StockModule, hidden_states: Tensor) -> Attention:
     attention, normed = layer.attention.attention, layer.norm1(hidden_states)
-    heads = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
-    return Attention(*heads, attention.scaling)
+    query, key, value = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
+    return Attention(query, key, value, attention.scaling)
 
 
-def _dino_finish_before_518(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+def _dino_finish_before_518(layer: StockModule, states: Tensor, attended: Tensor) -> Tensor:
     states = states + layer.drop_path(layer.layer_scale1(layer.attention.output(attended, states)))
     return states + layer.drop_path(layer.layer_scale2(layer.mlp(layer.norm2(states))))
 
@@ -100,26 +108,26 @@ def _video_grids(config: Any, arguments: dict[str, Any]) -> list[Grid]:
 
 
 def _jepa_project(
-    layer: nn.Module, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
+    layer: StockModule, hidden_states: Tensor, position_mask: Tensor | None = None, **kwargs: Any
 ) -> Attention:
     attention, normed = layer.attention, layer.norm1(hidden_states)
     query, key, value = _heads(attention, normed, attention.attention_head_size, "query", "key", "value")
     positions = attention.get_position_ids(normed, masks=position_mask)
-    rotated = (attention.apply_rotary_embeddings(states, positions) for states in (query, key))
-    return Attention(*rotated, value, attention.scaling, plain_key=key)
+    rotated_query, rotated_key = (attention.apply_rotary_embeddings(states, positions) for states in (query, key))
+    return Attention(rotated_query, rotated_key, value, attention.scaling, plain_key=key)
 
 
 # ------------------------------------------------------------------------------------------------------------ InternVL
 
 
-def _intern_project(layer: nn.Module, hidden_states: Tensor) -> Attention:
+def _intern_project(layer: StockModule, hidden_states: Tensor) -> Attention:
     attention, normed = layer.attention, layer.layernorm_before(hidden_states)
     query, key = attention.q_norm(attention.q_proj(normed)), attention.k_norm(attention.k_proj(normed))
-    heads = (split_heads(states, attention.head_dim) for states in (query, key, attention.v_proj(normed)))
-    return Attention(*heads, attention.scale)
+    query, key, value = (split_heads(each, attention.head_dim) for each in (query, key, attention.v_proj(normed)))
+    return Attention(query, key, value, attention.scale)
 
 
-def _intern_finish(layer: nn.Module, states: Tensor, attended: Tensor) -> Tensor:
+def _intern_finish(layer: StockModule, states: Tensor, attended: Tensor) -> Tensor:
     attention = layer.attention
     states = states + layer.lambda_1 * attention.projection_dropout(attention.projection_layer(attended))
     return states + layer.lambda_2 * layer.dropout(layer.mlp(layer.layernorm_after(states)))

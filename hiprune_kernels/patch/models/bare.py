@@ -5,18 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from ...facts import MODELS
 from ..call import Call
+from ..edits import StockModule
 from .family import ModelFamily
 
 
-def _last_layer(host: nn.Module, arguments: object) -> int:
+def _last_layer(host: StockModule, arguments: object) -> int:
     return host.config.num_hidden_layers
 
 
-def _check_class(expected: str, host: nn.Module) -> None:
+def _check_class(expected: str, host: StockModule) -> None:
     """Models of one type share it, but most classes behind an encoder read the tokens that are dropped."""
     if expected not in (cls.__name__ for cls in type(host).__mro__):
         raise ValueError(
@@ -25,7 +24,7 @@ def _check_class(expected: str, host: nn.Module) -> None:
         )
 
 
-def _check_head(host: nn.Module) -> None:
+def _check_head(host: StockModule) -> None:
     if host.use_head:
         raise ValueError(
             f"model: the pooling head of this {type(host).__name__} attends to every token, dropped ones "

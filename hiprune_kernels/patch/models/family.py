@@ -12,6 +12,7 @@ from ...facts import ModelKind
 from ...methods import TokenLayout
 from ...methods.base import Grid
 from ..call import Call
+from ..edits import StockModule
 
 
 def one_tile_each(call: Call, grids: list[Grid], video: bool) -> TokenLayout:
@@ -25,20 +26,20 @@ class ModelFamily:
 
     kind: ModelKind
     # model -> the module whose forward opens a call
-    host: Callable[[nn.Module], nn.Module]
+    host: Callable[[StockModule], StockModule]
     # host -> its vision encoders
-    encoders: Callable[[nn.Module], Sequence[nn.Module]]
+    encoders: Callable[[StockModule], Sequence[nn.Module]]
     # (host, its forward's arguments) -> 1-based layer
-    feature_layer: Callable[[nn.Module, dict[str, Any]], int]
+    feature_layer: Callable[[StockModule, dict[str, Any]], int]
     # raises if this host is not supported
-    check: Callable[[nn.Module], None] = lambda host: None
+    check: Callable[[StockModule], None] = lambda host: None
     # raises for what a pruned forward cannot give
     check_call: Callable[[Call], None] = lambda call: None
     # (call, grids of what the encoder gets, whether these are videos) -> how the tokens lie
     layout: Callable[[Call, list[Grid], bool], TokenLayout] = one_tile_each
     # what takes features to the language model
-    connector: Callable[[nn.Module], nn.Module | None] = lambda host: None
-    language_model: Callable[[nn.Module], nn.Module | None] = lambda host: None
+    connector: Callable[[StockModule], nn.Module | None] = lambda host: None
+    language_model: Callable[[StockModule], StockModule | None] = lambda host: None
     # the token id of placeholders of videos
     video_token: Callable[[Call], int] = lambda call: call.patch.host.config.video_token_id
     # M-RoPE: position ids of the language model tell places in images

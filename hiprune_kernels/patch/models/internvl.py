@@ -6,12 +6,12 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ...facts import MODELS
 from ...methods import TokenLayout
 from ...methods.base import Grid
 from ..call import Call
+from ..edits import StockModule
 from ..language import cache_of, cached_length, live_map
 from ..late import placeholders_in
 from . import llava
@@ -21,7 +21,7 @@ from .llava import llava_host, rows_before_grid, vision_feature_layer
 TEXT_MODELS = (*llava.TEXT_MODELS, "qwen3")
 
 
-def _check(host: nn.Module) -> None:
+def _check(host: StockModule) -> None:
     vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
     if vision != "internvl_vision":
         raise ValueError(f"model: expected a vision tower of type internvl_vision, got {vision!r}")

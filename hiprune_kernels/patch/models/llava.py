@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from ...facts import MODELS
 from ..call import Call
+from ..edits import StockModule
 from .family import ModelFamily
 
 VISION_TOWERS = ("clip_vision_model", "siglip_vision_model")
-TEXT_MODELS = ("llama", "mistral", "qwen2")
+TEXT_MODELS: tuple[str, ...] = ("llama", "mistral", "qwen2")
 
 
-def llava_host(model: nn.Module) -> nn.Module:
+def llava_host(model: StockModule) -> StockModule:
     """The model without its head."""
     return model if hasattr(model, "language_model") else model.model
 
 
-def check_parts(host: nn.Module) -> None:
+def check_parts(host: StockModule) -> None:
     """Raise ValueError unless the vision tower and the text model are supported."""
     vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
     if vision not in VISION_TOWERS:
@@ -28,13 +27,13 @@ def check_parts(host: nn.Module) -> None:
         raise ValueError(f"model: expected a text model of type {', '.join(TEXT_MODELS)}, got {text!r}")
 
 
-def argument(host: nn.Module, arguments: dict[str, Any], name: str) -> Any:
+def argument(host: StockModule, arguments: dict[str, Any], name: str) -> Any:
     """An argument of the host's forward that its config has a default for."""
     given = arguments.get(name)
     return getattr(host.config, name) if given is None else given
 
 
-def vision_feature_layer(host: nn.Module, arguments: dict[str, Any]) -> int:
+def vision_feature_layer(host: StockModule, arguments: dict[str, Any]) -> int:
     """The 1-based layer whose output are the features, from transformers' index into the hidden states."""
     index = argument(host, arguments, "vision_feature_layer")
     if not isinstance(index, int):

@@ -12,12 +12,13 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...facts import MODELS
 from ...methods import TokenLayout
 from ...methods.base import Grid
 from ..call import Call
+from ..edits import StockModule
 from . import llava_next
 from .llava_next import NEWLINE
 
@@ -74,7 +75,7 @@ def _layout_of_images(call: Call, grids: list[Grid]) -> TokenLayout:
     )
 
 
-def _lay_image(host: nn.Module, grid: Grid, tiles: int, size: list[int]) -> tuple[list[Grid], Tensor]:
+def _lay_image(host: StockModule, grid: Grid, tiles: int, size: list[int]) -> tuple[list[Grid], Tensor]:
     """The token grids in which one image reaches the prompt, and its places, counted from the image's first token."""
     tokens = torch.arange(tiles * math.prod(grid)).view(tiles, -1, 1)
     probe = torch.empty(tokens.shape, device="meta")
@@ -90,7 +91,7 @@ def _lay_image(host: nn.Module, grid: Grid, tiles: int, size: list[int]) -> tupl
 
 
 def _pack(
-    host: nn.Module, tiles: Tensor, size: list[int], newline: Tensor | None = None, aspect_ratio: str | None = None
+    host: StockModule, tiles: Tensor, size: list[int], newline: Tensor | None = None, aspect_ratio: str | None = None
 ) -> Tensor:
     """One image's tiles, [tiles, N, C], through the stock packing: [P, C]."""
     aspect_ratio = host.config.vision_aspect_ratio if aspect_ratio is None else aspect_ratio

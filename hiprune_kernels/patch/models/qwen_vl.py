@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
-
 from ...facts import MODELS
+from ..edits import StockModule
 from .family import ModelFamily
 from .llava import llava_host
 
 
-def _check(host: nn.Module) -> None:
+def _check(host: StockModule) -> None:
     """Raise ValueError if features of the last block, which has selected rows only, are read before the merger."""
     vision = host.config.vision_config
     if any(index >= vision.depth - 1 for index in getattr(vision, "deepstack_visual_indexes", ())):
