@@ -366,8 +366,8 @@ def check_encoder_layer(name: str, layer: int, encoder: EncoderFacts) -> None:
 
 
 def check_decoder_layer(name: str, layer: int, encoder: EncoderFacts) -> None:
-    """Raise ValueError unless the language model, if there is one, has attention scores in this layer."""
-    if encoder.decoder_layers and layer not in encoder.attention_layers:
+    """Raise ValueError unless the language model has attention scores in this layer, as far as that is known."""
+    if encoder.attention_layers and layer not in encoder.attention_layers:
         one_of = ", ".join(map(str, encoder.attention_layers))
         raise ValueError(f"{name}: expected a decoder layer with softmax attention, one of {one_of}, got {layer}")
 
