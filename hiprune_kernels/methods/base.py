@@ -538,8 +538,8 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
         layer, reduction = needs.text_attention
         if type(layer) is not int or not 1 <= layer <= encoder.decoder_layers:
             refuse("text_attention", f"of decoder layers 1 to {encoder.decoder_layers}", layer)
-        if layer not in encoder.attention_layers:
-            one_of = ", ".join(map(str, encoder.attention_layers))
+        if encoder.attention_layers and layer not in encoder.attention_layers:
+            one_of = list(encoder.attention_layers)
             refuse("text_attention", f"of a decoder layer with softmax attention, one of {one_of}", layer)
         if reduction not in _REDUCTIONS:
             refuse("text_attention", f"reduced by one of {_REDUCTIONS}", reduction)

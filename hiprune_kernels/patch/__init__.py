@@ -184,7 +184,7 @@ def apply_hiprune(
         >>> model.generate(**processor(images=image, text=prompt, return_tensors="pt"))
     """
     _family(model)  # what cannot be patched at all is said first
-    options = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
     return apply_method(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad)
 
 
@@ -212,7 +212,7 @@ def hiprune(
         ...     answer = model.generate(**inputs)
     """
     _family(model)
-    options = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
+    options: tuple[Any, ...] = (budget, retention, alpha, object_layer, rule, neighborhood, score_queries, keep_roles)
     with applied(model, HiPrune(**dict(zip(options_of(HiPrune), options))), unpad=unpad):
         yield model
 

@@ -127,7 +127,7 @@ WRONG = [
     *((Needs(scores={layer: "all"}), f"expected scores of layers 1 to 5 .*, got {layer!r}") for layer in (0, -1, 6, 1.0, True, "1", None)),
     *((Needs(scores={1: queries}), r"expected scores of one of \('all', 'cls', 'mean'\), got") for queries in ("ALL", None, 1, ["all"])),
     *((Needs(scores=scores), "expected scores to be a mapping") for scores in (None, 3, [1], "all")),
-    *((Needs(features=name), r"expected features to be one of \('none', 'encoder', 'language'\), got") for name in ("Encoder", None, True, [])),
+    *((Needs(features=name), r"expected features to be one of \('none', 'encoder', 'language', 'both'\), got") for name in ("Encoder", None, True, [])),
     *((Needs(region_features=layer), f"expected region_features of layers 1 to 5 .*, got {layer!r}") for layer in (0, 6, True, "1", 2.0)),
 ]  # fmt: skip
 WRONG_TEXT = [
