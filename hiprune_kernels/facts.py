@@ -38,6 +38,7 @@ class EncoderFacts(NamedTuple):
     feature_layer: int  # 1-based: the layer whose output are the image's features
     num_prefix_tokens: int
     tiled: bool = False  # the model cuts an image into a thumbnail and tiles, and encodes each by itself
+    places_tiles: bool = False  # ... and tells where in the image each of them lies
     decoder_layers: int = 0  # layers of the language model; 0: there is none
     attention_layers: tuple[int, ...] = ()  # those of them, 1-based, with softmax attention
     class_name: str = ""  # of the encoder, for messages
@@ -67,6 +68,7 @@ class ModelKind(NamedTuple):
     name: str  # as people call it, and its transformers class
     budget_per: str = "image"  # what `budget` counts the tokens of
     thumbnail: int | None = None  # images are cut into tiles, and this one shows the whole: 0 the first, -1 the last
+    places_tiles: bool = False  # the inputs tell where in the image each tile lies
     unpad: bool = False  # the padding of tiles is cut away before the prompt
     notes: str = ""  # what `hiprune info --models` says of limits
 
@@ -111,6 +113,7 @@ MODELS = {  # config.model_type of the model -> what is known
     "llava_next": ModelKind(
         "LLaVA-NeXT (LlavaNextForConditionalGeneration)",
         thumbnail=0,
+        places_tiles=True,
         unpad=True,
         notes="the budget is shared out equally among an image's tiles; newlines stay besides",
     ),
@@ -118,6 +121,7 @@ MODELS = {  # config.model_type of the model -> what is known
         "LLaVA-OneVision (LlavaOnevisionForConditionalGeneration)",
         budget_per="image or video",
         thumbnail=0,
+        places_tiles=True,
         unpad=True,
         notes="the budget is shared out equally among an image's tiles or a video's frames, newlines stay besides; "
         "interpolated features (large images, videos) are computed for all tokens and selected afterwards",

@@ -356,6 +356,22 @@ def no_cls_note(encoder: EncoderFacts) -> str:
     return "" if encoder.has_cls else "no CLS token: the mean over all queries stands for its attention"
 
 
+def check_encoder_layer(name: str, layer: int, encoder: EncoderFacts) -> None:
+    """Raise ValueError unless the encoder's features come of this layer or of one behind it."""
+    if not 1 <= layer <= encoder.feature_layer:
+        raise ValueError(
+            f"{name}: expected 1 to {encoder.feature_layer} (1-based, not behind the layer whose output are the "
+            f"features), got {layer}"
+        )
+
+
+def check_decoder_layer(name: str, layer: int, encoder: EncoderFacts) -> None:
+    """Raise ValueError unless the language model has attention scores in this layer, as far as that is known."""
+    if encoder.attention_layers and layer not in encoder.attention_layers:
+        one_of = ", ".join(map(str, encoder.attention_layers))
+        raise ValueError(f"{name}: expected a decoder layer with softmax attention, one of {one_of}, got {layer}")
+
+
 def image_budgets(method: Method, layout: TokenLayout) -> list[int]:
     """Tokens of each image, where its tiles are one set of candidates: `Method.kept` of methods that share by data."""
     counts = layout.candidate_counts or layout.sizes
@@ -405,6 +421,9 @@ def _best_of_some_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[i
     """`best_of_tiles` of the tiles whose budget is not 0."""
     tokens = torch.arange(len(scores)).split(layout.sizes)
     some = [i for i, budget in enumerate(budgets) if budget]
+    if not some:
+        nothing = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
+        return Picks(nothing.nonzero()[:, 0], nothing, budgets)
     here = torch.cat([tokens[i] for i in some])
     part = TokenLayout(tuple(layout.grids[i] for i in some), (1,) * len(some))
     if layout.candidates is not None:
@@ -428,6 +447,12 @@ def best_of_images(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) 
         return picks
     counts = [int(part.sum()) for part in picks.roles.cpu().split(layout.sizes)]
     return picks._replace(counts=counts)
+
+
+def best_first(scores: Tensor) -> Tensor:
+    """Places in descending order of their scores; the lowest of equals first, NaN behind everything."""
+    scores = scores.masked_fill(scores.isnan(), -math.inf)
+    return scores.sort(descending=True, stable=True).indices
 
 
 def picks_of_tiles(

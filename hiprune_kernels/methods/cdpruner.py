@@ -13,7 +13,7 @@ from torch import Tensor
 from ..budget import check_share
 from ..facts import EncoderFacts
 from .base import Method, Needs, Picks, Seen, TokenLayout, picks_of_tiles, tokens_of_tiles
-from .text import ClipText, check_text_encoder, mean_of_cosines, notes_of, relevance
+from .text import ClipText, check_text_encoder, check_tower, mean_of_cosines, notes_of, relevance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +51,7 @@ class CDPruner(Method):
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        check_tower(self.text_encoder, encoder)
         return Needs(features="language" if self.text_encoder is None else "both", text=True)
 
     def select(self, seen: Seen) -> Picks:
@@ -84,8 +85,12 @@ def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
 
     Where the features span fewer dimensions, the highest quality fills up.
     """
+    if count == 0:
+        return torch.zeros(0, dtype=torch.long, device=features.device)
     features = F.normalize(features.float(), dim=-1)
-    kernel = quality[:, None] * (features @ features.T) * quality  # [N, N]
+    cosines = features @ features.T  # [N, N]
+    cosines.diagonal().copy_((features != 0).any(dim=-1))  # 1 to the last bit: equally relevant tokens are equal
+    kernel = quality[:, None] * cosines * quality
     gain, chosen, basis = kernel.diagonal().clone(), [], torch.zeros(0, len(kernel), device=kernel.device)
     least = 1e-12 * gain.max()
     taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)

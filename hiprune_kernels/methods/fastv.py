@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from ..budget import check_int
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, best_of_images, image_budgets
+from .base import Method, Needs, Picks, Seen, TokenLayout, best_of_images, check_decoder_layer, image_budgets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,8 @@ class FastV(Method):
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        if self.layer is not None:
+            check_decoder_layer("layer", self.layer, encoder)
         return Needs(text_attention=(self.layer or encoder.attention_layer(2), "last"))
 
     def kept(self, layout: TokenLayout) -> list[int]:

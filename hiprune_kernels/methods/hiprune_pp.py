@@ -11,7 +11,7 @@ from ..budget import ROLE_NAMES, check_share
 from ..facts import EncoderFacts
 from .base import Needs, Picks, Seen, TokenLayout, best_of_tiles
 from .hiprune import HiPrune
-from .text import ClipText, check_text_encoder, cosine_with_mean, notes_of, relevance
+from .text import ClipText, check_text_encoder, check_tower, cosine_with_mean, notes_of, relevance
 
 _TEXT = len(ROLE_NAMES) + 1
 
@@ -25,7 +25,7 @@ class HiPrunePlusPlus(HiPrune):
     embeddings of the prompt's text. HiPrune selects first, with its alpha and rounding, for the rest of the budget (at
     least one token a tile); then come the likest of the tokens that it left. By default N' is the total, which is what
     the paper's measured costs say; its text and its pseudo-code say otherwise, and disagree. Without text in the prompt
-    HiPrune has all of N'.
+    HiPrune has the whole total.
 
     Attributes:
         text_budget: beta, the share of the budget, 0 to 1.
@@ -54,6 +54,7 @@ class HiPrunePlusPlus(HiPrune):
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        check_tower(self.text_encoder, encoder)
         scores = super().needs(encoder).scores
         return Needs(scores=scores, features="language" if self.text_encoder is None else "encoder", text=True)
 
@@ -76,10 +77,12 @@ class HiPrunePlusPlus(HiPrune):
             relevance(seen, image, tokens, self.text_encoder, cosine_with_mean)
             for image, (_, tokens) in enumerate(layout.images())
         ]
+        own = super().tile_budgets(layout)
+        if not self.additive:
+            own = [max(1, total - few) for total, few in zip(totals, self._extra(layout))]
         budgets = []
         for (tiles, _), likeness in zip(layout.images(), relevances):
-            extra = self._extra(layout)[tiles] if likeness is not None else [0] * (tiles.stop - tiles.start)
-            budgets += [max(1, total - few) for total, few in zip(totals[tiles], extra)]
+            budgets += totals[tiles] if likeness is None else own[tiles]
         first = self._select(seen, budgets)
         likeness = torch.cat(
             [
@@ -88,7 +91,19 @@ class HiPrunePlusPlus(HiPrune):
             ]
         )
         kept = (first.roles > 0).float()
-        picks = best_of_tiles(likeness + 4 * kept, layout, totals)  # cosines are at most 1: what is kept stays
+        likeness = likeness.nan_to_num(nan=-2.0) + 4 * kept  # cosines are at most 1: what is kept stays
+        picks = best_of_tiles(likeness, layout, totals)
         text = (picks.roles > 0) & (first.roles == 0)
         roles = torch.where(text, _TEXT, first.roles).to(torch.uint8)
-        return picks._replace(roles=roles, notes=notes_of(relevances, "HiPrune alone"))
+        without = [found is None for found, tiles in zip(relevances, layout.tiles) for _ in range(tiles)]
+        token, row, row_of_first = 0, 0, 0
+        for size, total, budget, alone in zip(layout.sizes, totals, budgets, without):
+            here = slice(token, token + size)
+            if total == size:  # what loses nothing has the last role, whatever the other tiles lose
+                roles[here] = _TEXT
+            elif alone:  # which may leave some of its budget
+                roles[here] = first.roles[here]
+                picks.indices[row : row + total] = first.indices[row_of_first : row_of_first + total]
+            token, row, row_of_first = token + size, row + total, row_of_first + budget
+        fills = picks.fills or (first.fills and any(without))
+        return picks._replace(roles=roles, fills=fills, notes=notes_of(relevances, "HiPrune alone"))

@@ -17,6 +17,7 @@ from .base import (
     Seen,
     TokenLayout,
     areas_of_tiles,
+    best_first,
     best_of_tiles,
     cls_queries,
     image_budgets,
@@ -33,8 +34,9 @@ class HiRED(Method):
     feature layer stay. An image of one tile keeps its N' best. Budgets of tiles follow from data: the host waits.
 
     Rules: "paper" sums the attention over the sub-images' rectangles, and shares the budget to the last token
-    (`budget.shares`). "official" does as the released code: it counts the ``int(n (1 - alpha))`` tokens with the most
-    attention in as many bands of the raster order as there are sub-images, and rounds down: fewer than N' may stay.
+    (`budget.shares`); it needs a model that tells where its tiles lie, as InternVL does not. "official" does as the
+    released code: it counts the ``int(n (1 - alpha))`` tokens with the most attention in as many bands of the raster
+    order as there are sub-images, and rounds down: fewer than N' may stay.
 
     Attributes:
         budget, retention: exactly one of them: visual tokens kept per image, or the share of them.
@@ -61,6 +63,8 @@ class HiRED(Method):
     def needs(self, encoder: EncoderFacts) -> Needs:
         if not encoder.has_cls and not encoder.tiled:
             raise ValueError(f"HiRED: expected an encoder with a CLS token, or tiles, got {encoder.name}")
+        if self.rule == "paper" and encoder.tiled and not encoder.places_tiles:
+            raise ValueError(f'rule: expected "official", as {encoder.name} does not tell where tiles lie, got "paper"')
         queries = cls_queries(encoder)
         return Needs(scores={encoder.feature_layer: queries} | ({1: queries} if encoder.tiled else {}))
 
@@ -105,16 +109,15 @@ class HiRED(Method):
     def _bands(self, scores: Tensor, count: int) -> list[int]:
         """How many of the thumbnail's hot tokens are in each band of its raster order."""
         hot = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        hot[scores.sort(descending=True, stable=True).indices[: int(len(scores) * (1 - self.alpha))]] = 1
-        band = len(scores) // count
+        hot[best_first(scores)[: int(len(scores) * (1 - self.alpha))]] = 1
+        band = max(1, len(scores) // count)
         return [int(part.sum()) for part in hot.split(band)][:count]
 
     def _rectangles(self, seen: Seen, image: int, scores: Tensor) -> list[float]:
         layout = seen.layout
-        if len(layout.grids) > 1 and layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
+        if layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
             return [1.0]  # the sub-images are mixed into one
-        if layout.tile_grids is None:
-            raise ValueError('rule: expected "official", as this model does not tell where its tiles lie, got "paper"')
+        assert layout.tile_grids is not None  # or `needs` has refused the model
         return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
 
 

@@ -20,6 +20,8 @@ from .base import (
     TokenLayout,
     areas_of_tiles,
     best_of_tiles,
+    check_decoder_layer,
+    check_encoder_layer,
     cls_queries,
     image_budgets,
     no_cls_note,
@@ -50,7 +52,8 @@ class PTP(Method):
         budget, retention: exactly one of them: visual tokens kept per image, or the share of them.
         alpha: weight of the instruction, 0 to 1.
         saliency_layer: 1-based encoder layer; None takes layer 11 of 24, scaled to other depths.
-        region: "features" (step 2), or "attention": a sub-image's weight is the thumbnail's CLS attention to its area.
+        region: "features" (step 2), or "attention": a sub-image's weight is the thumbnail's CLS attention to its area,
+            for models that tell where their tiles lie (not InternVL).
         region_layer: 1-based encoder layer of the CLS rows; None takes the feature layer.
         temperature: of step 2, above 0.
         instruction_layer: 1-based decoder layer; None takes layer 2, or the next one that has softmax attention.
@@ -79,17 +82,30 @@ class PTP(Method):
         check_share("alpha", self.alpha)
         if self.region not in ("features", "attention"):
             raise ValueError(f'region: expected "features" or "attention", got {self.region!r}')
-        if not isinstance(self.temperature, (int, float)) or not 0 < self.temperature < math.inf:
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, (int, float)):
+            raise TypeError(f"temperature: expected a float, got {type(self.temperature).__name__}")
+        if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature: expected a number above 0, got {self.temperature!r}")
         for name in ("saliency_layer", "region_layer", "instruction_layer"):
             if getattr(self, name) is not None:
                 check_int(name, getattr(self, name))
+        if type(self.scale_instruction) is not bool:
+            raise TypeError(f"scale_instruction: expected a bool, got {type(self.scale_instruction).__name__}")
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        for name in ("saliency_layer", "region_layer"):
+            if getattr(self, name) is not None:
+                check_encoder_layer(name, getattr(self, name), encoder)
+        if self.instruction_layer is not None:
+            check_decoder_layer("instruction_layer", self.instruction_layer, encoder)
         queries, region_layer = cls_queries(encoder), None
         scores = {self._saliency_layer(encoder): queries}
         if encoder.tiled and self.region == "attention":
+            if not encoder.places_tiles:
+                raise ValueError(
+                    f'region: expected "features", as {encoder.name} does not tell where tiles lie, got "attention"'
+                )
             scores[encoder.feature_layer] = queries
         elif encoder.tiled:
             region_layer = self.region_layer or encoder.feature_layer
@@ -109,12 +125,14 @@ class PTP(Method):
             if layout.candidates is not None:
                 here = here[layout.candidates[tokens]]
             here = here.to(seen.device)
-            fused[here] = (1 - self.alpha) * _minmax(saliency[here])
+            fused[here] = _minmax(saliency[here])
             note = [no_cls_note(encoder)] + ["one region"] * (tiles.stop - tiles.start == 1)
-            if seen.text_scores is not None:
-                importance = seen.text_scores[here]
-                fused[here] += self.alpha * (_minmax(importance) if self.scale_instruction else importance)
-                note += ["no text behind the image: saliency alone"] * (not bool(importance.any()))
+            importance = None if seen.text_scores is None else seen.text_scores[here]
+            if importance is not None and bool(importance.any()):
+                importance = _minmax(importance) if self.scale_instruction else importance
+                fused[here] = (1 - self.alpha) * fused[here] + self.alpha * importance
+            elif importance is not None:
+                note.append("no text behind the image: saliency alone")
             notes.append("; ".join(filter(None, note)))
         return best_of_tiles(fused, layout, self._region_budgets(seen))._replace(notes=notes)
 
@@ -161,10 +179,7 @@ class PTP(Method):
 
     def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
         layout = seen.layout
-        if layout.tile_grids is None or layout.thumbnail is None:
-            raise ValueError(
-                'region: expected "features", as this model does not tell where its tiles lie, got "attention"'
-            )
+        assert layout.thumbnail is not None and layout.tile_grids is not None  # or `needs` has refused the model
         sizes = layout.sizes[tiles]
         whole = layout.thumbnail % len(sizes)
         first = tokens.start + sum(sizes[:whole])
@@ -174,8 +189,9 @@ class PTP(Method):
 
 
 def _minmax(values: Tensor) -> Tensor:
-    """Brought to 0..1; 0 where all are equal."""
-    low, high = values.min(), values.max()
+    """Brought to 0..1; 0 where all are equal. NaN stays NaN, and is left out of account."""
+    number = ~values.isnan()
+    low, high = values.where(number, math.inf).min(), values.where(number, -math.inf).max()
     return torch.where(high > low, (values - low) / (high - low), 0.0)
 
 

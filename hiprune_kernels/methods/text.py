@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..facts import EncoderFacts
 from .base import Seen
 
 _POSITIONS = 77  # of CLIP's text tower
@@ -40,10 +41,25 @@ class ClipText:
 
     sign = -1
 
-    def embeddings(self, ids: Tensor) -> Tensor:
-        """Text of a prompt [M] as embeddings of segments of 77 tokens, [S, D]; the last is padded with id 0."""
+    def __post_init__(self) -> None:
+        parts = ("text_model", "text_projection", "vision_model", "visual_projection")
+        if not all(hasattr(self.clip, part) for part in parts):
+            raise TypeError(f"clip: expected a transformers.CLIPModel, got {type(self.clip).__name__}")
+        for name in ("clip_tokenizer", "instruction"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name}: expected a callable, got {type(getattr(self, name)).__name__}")
+        if not hasattr(self.tokenizer, "decode"):
+            raise TypeError(f"tokenizer: expected a tokenizer with `decode`, got {type(self.tokenizer).__name__}")
+
+    def embeddings(self, ids: Tensor, *, truncated: bool = False) -> Tensor:
+        """Text of a prompt [M] as embeddings of segments of 77 tokens, [S, D]; the last is padded with id 0.
+
+        `truncated`: of the first 77 alone, [1, D], of which the last is then the end of the text.
+        """
         text = self.instruction(self.tokenizer.decode(ids, skip_special_tokens=True))
         tokens = torch.as_tensor(self.clip_tokenizer(text)["input_ids"])
+        if truncated and len(tokens) > _POSITIONS:
+            tokens = torch.cat([tokens[: _POSITIONS - 1], tokens[-1:]])
         tokens = F.pad(tokens, (0, -len(tokens) % _POSITIONS)).view(-1, _POSITIONS).to(self._device)
         with torch.no_grad():
             pooled = self.clip.text_model(input_ids=tokens).pooler_output
@@ -69,17 +85,30 @@ class ClipText:
 
 def check_text_encoder(text_encoder: Any) -> None:
     """Raise TypeError if this is no text encoder."""
-    if text_encoder is not None and not (hasattr(text_encoder, "embeddings") and hasattr(text_encoder, "patches")):
+    wanted = ("embeddings", "patches", "sign")
+    if text_encoder is not None and not all(hasattr(text_encoder, name) for name in wanted):
         raise TypeError(f"text_encoder: expected a ClipText, got {type(text_encoder).__name__}")
 
 
+def check_tower(text_encoder: Any, encoder: EncoderFacts) -> None:
+    """Raise ValueError if CLIP's text is to be compared with patches that are none of CLIP's."""
+    if isinstance(text_encoder, ClipText) and encoder.model_type != "clip_vision_model":
+        raise ValueError(f"text_encoder: expected a model with CLIP's vision tower for a ClipText, got {encoder.name}")
+
+
 def relevance(
-    seen: Seen, image: int, tokens: slice, text_encoder: ClipText | None, reduce: Callable[[Tensor, Tensor], Tensor]
+    seen: Seen,
+    image: int,
+    tokens: slice,
+    text_encoder: ClipText | None,
+    reduce: Callable[[Tensor, Tensor], Tensor],
+    **options: bool,
 ) -> Tensor | None:
     """How relevant an image's tokens are to its prompt, [T']; None where the prompt has no text.
 
     `reduce` makes it from the tokens' vectors [T', D] and those of the text [S, D]: with a text encoder those of its
-    segments, and the sign is turned; else those of the text's tokens, in the language model's space.
+    segments, and the sign is turned; else those of the text's tokens, in the language model's space. `options` are
+    the text encoder's.
     """
     if text_encoder is None:
         text = seen.text[image].float()
@@ -90,7 +119,7 @@ def relevance(
     if len(ids) == 0:
         return None
     rows = seen.features if seen.encoder_features is None else seen.encoder_features
-    embeddings = text_encoder.embeddings(ids).to(rows.device)
+    embeddings = text_encoder.embeddings(ids, **options).to(rows.device)
     return text_encoder.sign * reduce(text_encoder.patches(rows[tokens]), embeddings)
 
 

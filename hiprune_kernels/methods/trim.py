@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, candidates_of_images, image_budgets, picks_of
-from .text import ClipText, check_text_encoder, notes_of, relevance
+from .base import Method, Needs, Picks, Seen, TokenLayout, best_first, candidates_of_images, image_budgets, picks_of
+from .text import ClipText, check_text_encoder, check_tower, notes_of, relevance
 
 _MEAN, _LIKE = 1, 2
 
@@ -44,6 +44,7 @@ class TRIM(Method):
             raise ValueError("text_encoder: expected a ClipText, as TRIM compares patches with text in CLIP's space")
 
     def needs(self, encoder: EncoderFacts) -> Needs:
+        check_tower(self.text_encoder, encoder)
         return Needs(features="encoder", text=True)
 
     def kept(self, layout: TokenLayout) -> list[int]:
@@ -57,13 +58,13 @@ class TRIM(Method):
         layout, found = seen.layout, []
         scores = torch.zeros(sum(layout.sizes), device=seen.device)
         for image, (_, tokens) in enumerate(layout.images()):
-            found.append(relevance(seen, image, tokens, self.text_encoder, _dot_products))
+            found.append(relevance(seen, image, tokens, self.text_encoder, _dot_products, truncated=True))
             if found[-1] is not None:
                 scores[tokens] = found[-1]
         kept, own = self.kept(layout), candidates_of_images(seen)
         roles = torch.zeros(len(scores), dtype=torch.uint8, device=seen.device)
         for here, count in zip(own, kept):
-            best = here[scores[here].sort(descending=True, stable=True).indices[: count - (count < len(here))]]
+            best = here[best_first(scores[here])[: count - (count < len(here))]]
             roles[best] = _LIKE
             roles[here[roles[here] == 0][: count - len(best)]] = _MEAN  # some place is needed for the row
         picks = picks_of(roles.nonzero()[:, 0], layout)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..budget import check_share
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, cls_queries, no_cls_note, picks_of_tiles, tokens_of_tiles
+from .base import Method, Needs, Picks, Seen, best_first, cls_queries, no_cls_note, picks_of_tiles, tokens_of_tiles
 
-_CONTEXTUAL, _DOMINANT, _CLS = 1, 2, 3
+_CLS, _CONTEXTUAL, _DOMINANT = 1, 2, 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +24,13 @@ class VisionZip(Method):
     every ``max(1, U // c)``-th is a target, until there are c. Each that is left goes to the target with the largest
     cosine of keys, the first of equals. A *contextual* token is its target plus the mean of those that went to it.
 
-    Where the encoder has a CLS token and each of its rows is a token (LLaVA), the CLS row itself is kept, as in the
+    Where the encoder has a CLS token and each token is one of its rows (LLaVA), the CLS row itself is kept, as in the
     released code: it counts as one of the dominant ones, and a tile's rows are CLS, dominant and contextual ones, these
     ascending, at the places of the picked tokens and of one more. Elsewhere contextual tokens stand at their targets'
     places, and where several rows make a token (Qwen-VL, InternVL) they are merged in the language model's space. Tiles
     that lose nothing stay as they are. Newlines of LLaVA-NeXT stay and padding is left out; the released code drops the
-    former and keeps the latter.
+    former and keeps the latter. Where a model keeps CLS rows in the prompt by itself (Video-LLaVA's frames), they stand
+    there besides.
 
     Attributes:
         budget, retention: exactly one of them: rows kept per image, shared out among its tiles, or the share.
@@ -37,12 +38,12 @@ class VisionZip(Method):
 
     Example:
         >>> VisionZip(budget=64).roles
-        ('contextual', 'dominant', 'CLS')
+        ('CLS', 'contextual', 'dominant')
     """
 
     contextual_share: float = 10 / 64
 
-    roles: ClassVar[tuple[str, ...]] = ("contextual", "dominant", "CLS")
+    roles: ClassVar[tuple[str, ...]] = ("CLS", "contextual", "dominant")
     guaranteed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -66,14 +67,13 @@ class VisionZip(Method):
         layout, budgets = seen.layout, self.tile_budgets(seen.layout)
         (scores,) = seen.scores.values()
         roles = torch.zeros(len(scores), dtype=torch.uint8, device=seen.device)
-        chosen, cls = [], self._keeps_cls(seen.encoder)
+        chosen, cls = [], self._keeps_cls(seen.encoder) and layout.pool is None
         for own, budget in zip(tokens_of_tiles(seen), budgets):
             if budget >= len(own):
                 roles[own] = _DOMINANT
             else:
                 contextual = min(round(self.contextual_share * budget), budget - 1)
-                ranked = scores[own].sort(descending=True, stable=True).indices
-                dominant = own[ranked[: budget - contextual - cls]]
+                dominant = own[best_first(scores[own])[: budget - contextual - cls]]
                 roles[dominant] = _DOMINANT
                 others = own[roles[own] == 0]
                 targets = others[:: max(1, len(others) // max(contextual, 1))][:contextual]

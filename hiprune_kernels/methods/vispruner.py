@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..budget import check_share
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, cls_queries, no_cls_note, picks_of_tiles, tokens_of_tiles
+from .base import Method, Needs, Picks, Seen, best_first, cls_queries, no_cls_note, picks_of_tiles, tokens_of_tiles
 
 _AT_ONCE = 8  # tokens that a round of thinning removes at most
 
@@ -52,8 +52,8 @@ class VisPruner(Method):
         roles, chosen = torch.zeros(len(scores), dtype=torch.uint8, device=seen.device), []
         for own, budget in zip(tokens_of_tiles(seen), budgets):
             budget = min(budget, len(own))
-            ranked = own[scores[own].sort(descending=True, stable=True).indices]
-            important = int(budget * self.important_share)
+            ranked = own[best_first(scores[own])]
+            important = int(budget * self.important_share) if budget < len(own) else 0
             diverse = thinned(ranked[important:], seen.features, budget - important)
             roles[diverse], roles[ranked[:important]] = 2, 1
             chosen.append(torch.cat([ranked[:important], diverse]).sort().values)
@@ -69,7 +69,7 @@ def thinned(tokens: Tensor, features: Tensor, count: int) -> Tensor:
         if len(odd) == 0:  # one token, and none is wanted
             return tokens[:0]
         likest = (features[even] @ features[odd].T).amax(dim=1)
-        order = likest.sort(descending=True, stable=True).indices
+        order = best_first(likest)
         gone = min(_AT_ONCE, len(tokens) - count, len(even))
         tokens = torch.cat([even[order[gone:]], odd])
     return tokens

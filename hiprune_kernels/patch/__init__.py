@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..facts import EncoderFacts
-from ..methods import HiPrune, Method, Selection
-from ..methods.base import checked_needs
+from ..methods import HiPrune, Method, Selection, Stage
+from ..methods.base import checked_needs, merges
 from .call import PATCH, Patch, PatchedEncoder, forward_names
 from .edits import clear_methods
 from .encoders import ENCODERS, find_encoder
@@ -257,6 +257,7 @@ def _prepare(model: nn.Module, family: ModelFamily, method: Method, unpad: str |
         raise ValueError(f"unpad: expected {expected}, got {unpad!r}")
     language_model = family.language_model(host)
     around: dict[str, Any] = {"feature_layer": family.feature_layer(host, {}), "tiled": kind.thumbnail is not None}
+    around["places_tiles"] = kind.places_tiles
     if language_model is not None:
         around["decoder_layers"] = len(language_model.layers)
         around["attention_layers"] = attention_layers(language_model)
@@ -286,6 +287,12 @@ def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> Patche
         **around,
     )
     needs = checked_needs(method, facts)
+    late = needs.stage(facts) is Stage.LANGUAGE
+    if merges(method) and needs.features == "encoder" and late and family.full_shape:
+        raise ValueError(
+            f"{type(method).__name__}: expected features of the language model, as rows of {facts.name} are mixed in "
+            "front of the connector, and cannot be merged there once text is known, got the encoder's"
+        )
     refuse_bypassed(layers[facts.feature_layer - 1], family)
     return PatchedEncoder(module, family, facts, config, layers, needs, forward_names(module))
 

@@ -230,9 +230,12 @@ def _prune(
         positions=compaction,
     )
     positions = _compact(positions, cache_map.dropped + dropped_before, compaction)
+    mask = new_map.cache_mask(mask, seen + remaining, 0)
+    if mask is None and compaction == "original":  # without one, stock takes gaps in positions for ends of texts
+        mask = torch.ones(batch, seen + remaining, dtype=torch.long, device=device)
     pruned = {
         "inputs_embeds": embeds.gather(1, index[..., None].expand(-1, -1, embeds.shape[-1])),
-        "attention_mask": new_map.cache_mask(mask, seen + remaining, 0),
+        "attention_mask": mask,
         "position_ids": positions.gather(-1, index.expand(*positions.shape[:-2], -1, -1)),
     }
     if kwargs.get("visual_pos_masks") is not None:  # deepstack: visual features added in the first layers

@@ -42,13 +42,13 @@ class Prompt:
     def of(call: Call) -> Prompt:
         found, beams = [], 1
         for run in call.runs:
-            places = _placeholders(call.patch.host, call.arguments, call.placeholder_id(run))
+            places = placeholders_in(call.patch.host, call.arguments, call.placeholder_id(run))
             beams = 1 if call.prompts is None else len(places) // call.prompts
             found.append((run, places[::beams]))
         return Prompt(found, beams)
 
 
-def _placeholders(host: StockModule, arguments: dict[str, Any], token_id: int) -> Tensor:
+def placeholders_in(host: StockModule, arguments: dict[str, Any], token_id: int) -> Tensor:
     """Where the prompt has tokens of this kind, as the stock forward finds them: bool [B, L]."""
     if arguments.get("input_ids") is not None:
         return arguments["input_ids"] == token_id
@@ -137,11 +137,6 @@ def _merged(call: Call, run: Run, tokens: Tensor, features: Tensor) -> Tensor:
     if run.encoder.needs.features != "encoder" or run.layout.pool is not None:
         merged = run.merged(method, _scatter(tokens, features, run.layout))
         return torch.where((tokens >= 0)[:, None], merged[tokens], features)
-    if run.encoder.family.full_shape:
-        raise ValueError(
-            f"{type(method).__name__}: expected features of the language model, as a {type(patch.host).__name__} mixes "
-            "rows between encoder and connector, and they cannot be merged there once text is known, got the encoder's"
-        )
     kept = run.picks.roles.nonzero()[:, 0]
     connector = present(patch.connector, "a connector")
     rows = run.merged(method, run.features)[kept.to(run.features.device)]

@@ -12,6 +12,8 @@ from ...methods import TokenLayout
 from ...methods.base import Grid
 from ..call import Call
 from ..edits import StockModule
+from ..language import cache_of, cached_length, live_map
+from ..late import placeholders_in
 from . import llava
 from .family import ModelFamily
 from .llava import llava_host, rows_before_grid, vision_feature_layer
@@ -62,10 +64,12 @@ def _pictures(call: Call, tokens: int, tiles: int) -> tuple[int, ...] | None:
 
     None where the prompt does not tell.
     """
-    ids = call.arguments.get("input_ids")
-    if ids is None:
-        return None
-    places = F.pad((ids == call.patch.host.config.image_token_id).cpu(), (1, 1))
+    places = placeholders_in(call.patch.host, call.arguments, call.patch.host.config.image_token_id).cpu()
+    cache = cache_of(call.arguments)
+    if call.prompts is not None and cache is not None:  # `generate` hands over earlier turns too
+        cache_map = live_map(cache)
+        places = places[:, cached_length(cache) + (cache_map.gone if cache_map is not None else 0) :]
+    places = F.pad(places, (1, 1))
     before, here = places[:, :-1], places[:, 1:]
     lengths = (before & ~here).nonzero()[:, 1] - (here & ~before).nonzero()[:, 1]
     if int(lengths.sum()) != tiles * tokens or bool((lengths % tokens).any()):
