@@ -24,8 +24,8 @@ def extension_arguments() -> dict:
 
     extension = cpp_extension.CppExtension(
         "hiprune_kernels._C",
-        ["csrc/attention.cpp", "csrc/selection.cpp", "csrc/module.cpp"],
-        depends=["csrc/attention_tiles.inc", "csrc/instruction_sets.h"],
+        ["csrc/attention.cpp", "csrc/selection.cpp", "csrc/diverse.cpp", "csrc/module.cpp"],
+        depends=["csrc/attention_tiles.inc", "csrc/diverse_loops.inc", "csrc/instruction_sets.h"],
         extra_compile_args=[
             "-O3",
             "-g0",

@@ -43,6 +43,8 @@ from .ops import (
     check_inputs,
     prune_tokens,
     prune_tokens_varlen,
+    select_diverse,
+    select_diverse_varlen,
     select_tokens,
     select_tokens_varlen,
 )
@@ -115,6 +117,8 @@ __all__ = [
     "record_scores",
     "remove_hiprune",
     "remove_method",
+    "select_diverse",
+    "select_diverse_varlen",
     "select_tokens",
     "select_tokens_varlen",
 ]

@@ -65,7 +65,8 @@ METHODS = [
 
 
 @pytest.mark.parametrize(
-    "name", ["budget", "ops.attention", "ops.selection", "ops.inputs", "ops.library", "kernels.table", *METHODS]
+    "name",
+    ["budget", "ops.attention", "ops.diverse", "ops.selection", "ops.inputs", "ops.library", "kernels.table", *METHODS],
 )
 def test_docstring_examples(name):
     if name.startswith("kernels."):

@@ -145,6 +145,12 @@ SELECT_PACKED = {
     "candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool)),
     **OPTIONS,
 }
+DIVERSE = {
+    "features": ("tensor", torch.randn(45, 3)),
+    "quality": ("tensor?", torch.rand(45)),
+    "candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool)),
+}
+DIVERSE_BATCH = {name: (kind, torch.stack([tensor, tensor])) for name, (kind, tensor) in DIVERSE.items()}
 BUDGET = {"budget": ("int", 640), "retention": ("nothing", None)}
 ANYRES = {
     "size": ("sides", (480, 640)),
@@ -176,6 +182,8 @@ CALLS = [
     (hk.prune_tokens, {**SELECT, "features": ("tensor", torch.randn(2, 37, 3, requires_grad=True))}),
     (hk.select_tokens_varlen, SELECT_PACKED),
     (hk.prune_tokens_varlen, {**SELECT_PACKED, "features": ("tensor", torch.randn(45, 3))}),
+    (hk.select_diverse, {**DIVERSE_BATCH, "count": ("int", 9)}),
+    (hk.select_diverse_varlen, {**DIVERSE, "sizes": ("sizes", [36, 9]), "counts": ("budgets", [9, 2])}),
     (budget.resolve_budget, {"num_tokens": ("int", 576), **BUDGET}),
     (budget.resolve_budget, {"budget": ("nothing", None), "num_tokens": ("int", 576), "retention": ("share", 0.5)}),
     (budget.tile_budgets, {"sizes": ("sizes", [576, 576]), **BUDGET}),
@@ -233,6 +241,7 @@ CHECKED = {
     "features": ("tensor?", ROWS),
     "object_scores": ("tensor?", SCORES),
     "deep_scores": ("tensor?", SCORES),
+    "quality": ("tensor?", SCORES),
     "cu_seqlens_q": ("tensor?", LENGTHS),
     "cu_seqlens_k": ("tensor?", LENGTHS),
     "max_seqlen_q": ("count?", 5),
