@@ -49,10 +49,11 @@ using torch::stable::Tensor;
 
 namespace {
 
-constexpr int64_t kRowStep = 32;                  // two of the widest vectors of the narrowest numbers
-constexpr int64_t kWhole = 8;                     // one choice in so many tokens, and the whole matrix is faster
-constexpr int64_t kMostBytes = int64_t{1} << 28;  // of a matrix of cosines that is kept
-constexpr int64_t kTaskBytes = int64_t{1} << 19;  // of packed features that a thread reads for one row
+constexpr int64_t kRowStep = 32;                   // two of the widest vectors of the narrowest numbers
+constexpr int64_t kWhole = 8;                      // one choice in so many tokens, and the whole matrix is faster
+constexpr int64_t kCacheBytes = int64_t{1} << 24;  // twice as many where the features come from memory each time
+constexpr int64_t kMostBytes = int64_t{1} << 28;   // of a matrix of cosines that is kept
+constexpr int64_t kTaskBytes = int64_t{1} << 19;   // of packed features that a thread reads for one row
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
