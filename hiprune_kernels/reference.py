@@ -474,7 +474,8 @@ def select_diverse(
     for b in range(len(features)):
         q, mask = (None if x is None else x[b] for x in (quality, candidate_mask))
         parts.append(_diverse_image(features[b], q, mask, count)[:, None])
-    return torch.cat(parts, dim=1).unbind(0)
+    indices, order = torch.cat(parts, dim=1)
+    return indices.clone(), order.clone()  # an operator's results must not share memory
 
 
 def select_diverse_varlen(
@@ -493,4 +494,5 @@ def select_diverse_varlen(
         part = _diverse_image(features[image], q, mask, count)
         parts.append(torch.where(part < 0, part, part + start))
         start += size
-    return torch.cat(parts, dim=1).unbind(0)
+    indices, order = torch.cat(parts, dim=1)
+    return indices.clone(), order.clone()

@@ -361,6 +361,7 @@ def test_too_many_tokens_for_a_whole_matrix(quality):
 # ---------------------------------------------------------------------------------------------------- same bits
 
 
+@needs_cpu_kernels
 @pytest.mark.parametrize("quality", [False, True])
 def test_same_bits_for_any_number_of_threads_and_neighbours(quality):
     """One image, whose work threads share, and several, which they share out. Beyond the rank, every bit decides."""
