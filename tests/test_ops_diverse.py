@@ -219,6 +219,7 @@ def test_what_rounding_leaves_is_not_worth_a_choice(select, dtype):
 def test_rows_of_zeros_are_orthogonal_to_everything(select):
     features = torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.8, 0.6]])
     assert select(features, 3) == [1, 0, 2]
+    assert select(torch.tensor([[1.0, 0.0], [0.0, 0.0], [-1.0, 0.0]]), 3) == [0, 2, 1]  # all are 1 from their nearest
     assert select(torch.zeros(3, 2), 3) == [0, 1, 2]
     assert select(torch.zeros(3, 0), 3) == [0, 1, 2]
     assert select(torch.zeros(3, 2), 3, quality=[0.1, 0.3, 0.2]) == [1, 2, 0]
