@@ -276,6 +276,18 @@ def test_a_given_matrix(quality, isa):
 @needs_cpu_kernels
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_nearest_other_token_stands_anywhere(dtype, isa):
+    """In a matrix that is not even symmetric, each row's largest entry but its own decides who is first."""
+    for tokens in range(2, 40):
+        matrix = torch.rand(60, tokens, tokens, dtype=dtype)
+        nearest = matrix.masked_fill(torch.eye(tokens, dtype=torch.bool), -1.0).amax(dim=2)
+        _, order = with_isa(matrix, counts=[1], gram=True, isa=isa)
+        assert torch.equal(order[:, 0], (1 - nearest).argmax(dim=1))
+
+
+@needs_cpu_kernels
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("quality", [False, True])
 def test_a_smaller_count_is_a_part_of_a_larger_one(quality, dtype, isa):
     """Few rows are computed one by one, many at once; the bits must be the same. 60 choices go beyond the rank."""
