@@ -272,10 +272,10 @@ class Cosines {
 template <class T>
 class FarthestPoints {
  public:
+  // `nearest` holds -inf up to whole panels.
   FarthestPoints(const Loops<T>& loops, Cosines<T>& cosines, Buffer<T> nearest, int64_t count)
       : loops_(loops), cosines_(cosines), count_(count), distance_(std::move(nearest)) {
     for (int64_t i = 0; i < count; ++i) distance_[i] = 1 - distance_[i];  // of the nearest other token
-    std::fill(distance_.get() + count, distance_.get() + cosines.padded(), kOut);
   }
   int64_t next() { return loops_.best(distance_.get(), cosines_.padded(), kOut); }
   void take(int64_t i) {
@@ -308,10 +308,9 @@ class Determinant {
         covered_(cosines.padded() * steps) {
     T most = 0;
     for (int64_t i = 0; i < cosines.padded(); ++i) {
-      const T gain = quality_[i] * quality_[i] * cosines.squares()[i];
       left_[i] = i < count ? quality_[i] : kOut;
-      gain_[i] = i < count ? gain : kOut;
-      if (i < count && gain > most) most = gain;
+      gain_[i] = quality_[i] * quality_[i] * cosines.squares()[i];  // 0 beyond `count`, which is never enough
+      if (gain_[i] > most) most = gain_[i];
     }
     least_ = static_cast<T>(1e-12) * most;
   }

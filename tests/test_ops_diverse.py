@@ -223,6 +223,7 @@ def test_rows_of_zeros_are_orthogonal_to_everything(select):
     assert select(torch.zeros(3, 2), 3) == [0, 1, 2]
     assert select(torch.zeros(3, 0), 3) == [0, 1, 2]
     assert select(torch.zeros(3, 2), 3, quality=[0.1, 0.3, 0.2]) == [1, 2, 0]
+    assert select(features, 3, quality=[0.1, 1.0, 0.2]) == [2, 0, 1]  # with an L of 0, it comes last
     assert select(torch.ones(1, 2), 1) == select(torch.ones(1, 2), 1, quality=[0.0]) == [0]
 
 
