@@ -411,7 +411,8 @@ def prune_tokens_varlen(
 def cosine_matrix(features: Tensor) -> Tensor:
     """L[i, j] = the cosine of the angle between rows i and j of features [N, C]; 0 for a row of zeros."""
     units = torch.nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    return units @ units.T
+    products = units @ units.T
+    return torch.maximum(products, products.T)  # a product of few rows may round otherwise than its mirror image
 
 
 def _best(worth: Tensor, left: Tensor) -> Tensor:

@@ -86,6 +86,8 @@ def draw_case(rng):
         features = torch.randn(channels, *shape).movedim(0, -1)  # last dimension not contiguous
     elif rng.random() < 0.2:  # every other row of a longer tensor
         features = features.repeat_interleave(2, dim=-2)[..., ::2, :]
+    if quality is not None and rng.random() < 0.3:
+        quality = torch.stack([quality, 1 - quality], dim=-1)[..., 0]
     return features, quality, options
 
 

@@ -44,6 +44,16 @@ def test_ties_at_the_ends_of_tiles(tokens):
             assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("copies", [slice(0, 60), slice(68, 128)])
+def test_who_is_no_candidate_is_near_to_nobody(copies):
+    """In the same tile as a token or another one: here each has a copy among them."""
+    for _ in range(4):
+        features, mask = torch.randn(1, 128, 16), torch.ones(1, 128, dtype=torch.bool)
+        features[:, copies], mask[:, copies] = features.flip(1)[:, copies], False
+        options = {"count": 3, "candidate_mask": mask}
+        check_call(run_kernel(features, None, options), features, None, options)
+
+
 def test_determinant_by_hand():
     features = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
     for quality, order in (
