@@ -25,7 +25,14 @@ def extension_arguments() -> dict:
 
     extension = cpp_extension.CppExtension(
         "hiprune_kernels._C",
-        ["csrc/attention.cpp", "csrc/merge.cpp", "csrc/segments.cpp", "csrc/selection.cpp", "csrc/module.cpp"],
+        [
+            "csrc/attention.cpp",
+            "csrc/diverse.cpp",
+            "csrc/merge.cpp",
+            "csrc/segments.cpp",
+            "csrc/selection.cpp",
+            "csrc/module.cpp",
+        ],
         depends=glob.glob("csrc/*.h") + glob.glob("csrc/*.inc"),
         extra_compile_args=[
             "-O3",

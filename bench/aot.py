@@ -27,7 +27,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.aot_cases import Variant, attention_variants, selection_variants
+from bench.aot_cases import Variant, attention_variants, diverse_variants, selection_variants
 from bench.aot_merging import merging_variants
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 
 def variants() -> dict[str, Variant]:
     """Every variant by its name."""
-    found = [*attention_variants(), *selection_variants(), *merging_variants()]
+    found = [*attention_variants(), *selection_variants(), *diverse_variants(), *merging_variants()]
     by_name = {variant.name: variant for variant in found}
     if len(by_name) != len(found):
         repeated = [name for name, n in collections.Counter(variant.name for variant in found).items() if n > 1]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hiprune_kernels.budget import ROLE_NAMES, SelectionPlan, plan_selection
+from hiprune_kernels.kernels import diverse
 from hiprune_kernels.kernels.attention import attention
 from hiprune_kernels.kernels.paths import Blocks, Launch
 from hiprune_kernels.kernels.selection import IMAGES, constants_of, select_kernel, warps_for
@@ -152,4 +153,40 @@ def selection_variants() -> list[Variant]:
         variant("8192_packed", 8192, **several),
         variant("16384_packed", 16384, **several),
         variant("16384_packed/scores_fp64", 16384, **several, **doubles),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- diverse selection
+
+
+def diverse_variants() -> list[Variant]:
+    """The forms of the two kernels of diverse selection."""
+    kernels = diverse.cosines_kernel, diverse.choose_kernel
+    one, several = ("fp32",) * 2, ("fp32",) * (2 * IMAGES)
+    pointers = {"mask_ptr": "*u8", "quality_ptr": "*fp32", "indices_ptr": "*i64", "order_ptr": "*i64"}
+    pointers |= dict.fromkeys(("cosines_ptr", "nearest_ptr", "covered_ptr"), "*fp32")
+    pointers |= {"features_ptr": "*bf16", "channels": "i32:16"}
+
+    def variant(which, name, tokens, missing, images=one, dtype=torch.bfloat16, **types) -> Variant:
+        kernel = kernels[which]
+        signature = dict.fromkeys(kernel.arg_names, "i32") | {"images": images}
+        signature |= {name: kind for name, kind in (pointers | types).items() if name in signature}
+        fixed = dict.fromkeys(missing) | {"stride_fc": 1, "stride_mt": 1, "stride_qt": 1, "tile_tokens": diverse.TILE}
+        constants = diverse.constants_of(images is several, tokens, dtype)[which]
+        constants |= {name: value for name, value in fixed.items() if name in signature}
+        warps = warps_for(tokens) if which else 4
+        return Variant(f"{kernel.__name__}/{name}", kernel, signature, constants, warps, 3)
+
+    farthest, determinant = ("mask_ptr", "quality_ptr", "covered_ptr"), ("mask_ptr", "nearest_ptr")
+    float32 = {"dtype": torch.float32, "features_ptr": "*fp32"}
+    return [
+        variant(0, "clip_l/bf16/farthest", 576, farthest),
+        variant(0, "clip_l/bf16/determinant", 576, determinant),
+        variant(0, "qwen_packed/bf16/masked", 4096, (), several),
+        variant(0, "clip_l/fp32", 576, farthest, **float32),
+        variant(1, "clip_l/farthest", 576, farthest),
+        variant(1, "clip_l/determinant", 576, determinant),
+        variant(1, "qwen_packed/farthest", 4096, farthest, several),
+        variant(1, "qwen_packed/determinant", 4096, determinant, several),
+        variant(1, "8192_packed/determinant", 8192, determinant, several),
     ]

@@ -536,3 +536,97 @@ def _merge_packed(
         assigned.append(to[0].where(to[0] < 0, to[0] + begin))
         first, begin = first + len(x), begin + len(target)
     return torch.cat(merged), torch.cat(assigned)
+
+
+# --------------------------------------------------------------------------------------------------- diverse selection
+
+
+def cosine_matrix(features: Tensor) -> Tensor:
+    """L[i, j] = the cosine of the angle between rows i and j of features [N, C]; 0 for a row of zeros."""
+    units = torch.nn.functional.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+    products = units @ units.T
+    return torch.maximum(products, products.T)  # a product of few rows may round otherwise than its mirror image
+
+
+def _best(worth: Tensor, left: Tensor) -> Tensor:
+    """The index of the highest worth among those left, the lowest among equals; NaN is behind everything."""
+    worth = worth.where(left & ~worth.isnan(), -math.inf)
+    return (left & (worth == worth.amax())).to(torch.uint8).argmax()
+
+
+def farthest_points(cosines: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Max-min diversity by farthest-point sampling on D = 1 - L, in order of choice: i_1 = argmax_i min_{j != i} D_ij,
+    then i_t = argmax_i min_{s < t} D[i, i_s] ("DivPrune: Diversity-based Visual Token Pruning for Large Multimodal
+    Models", Alvar et al., CVPR 2025, Algorithm 1)."""
+    distances, left, chosen = 1 - cosines.masked_fill(~eligible, -math.inf), eligible.clone(), []
+    least = distances.clone().fill_diagonal_(math.inf).amin(dim=1)
+    for step in range(min(count, int(eligible.sum()))):
+        chosen.append(_best(least, left))
+        left[chosen[-1]] = False
+        row = distances[chosen[-1]]
+        least = torch.minimum(least, row) if step else row
+    return torch.stack(chosen) if chosen else eligible.nonzero()[:, 0]
+
+
+def determinant_map(cosines: Tensor, quality: Tensor, eligible: Tensor, count: int) -> Tensor:
+    """Greedy MAP of the DPP with K = diag(q) L diag(q), in order of choice: j = argmax d, where d = diag K at first;
+    c_t = (K_j - sum_{s < t} c_s[j] c_s) / sqrt(d_j); d -= c_t^2. From d_j <= 1e-12 max diag K on, by the highest q
+    ("Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", Zhang et al.,
+    NeurIPS 2025; "Fast Greedy MAP Inference for Determinantal Point Process", Chen et al., NeurIPS 2018)."""
+    kernel = quality[:, None] * cosines * quality
+    gain, left, chosen = kernel.diagonal().where(eligible, 0.0), eligible.clone(), []
+    least, covered = 1e-12 * gain.amax(), kernel.new_zeros(count, len(kernel))
+    for step in range(min(count, int(eligible.sum()))):
+        chosen.append(_best(gain, left))
+        if gain[chosen[-1]] > least:
+            j = chosen[-1]
+            covered[step] = (kernel[j] - covered[:step, j] @ covered[:step]) / gain[j].sqrt()
+            gain = gain - covered[step] ** 2
+        else:
+            chosen[-1] = _best(quality, left)
+        left[chosen[-1]] = False
+    return torch.stack(chosen) if chosen else eligible.nonzero()[:, 0]
+
+
+def _diverse_image(features: Tensor, quality: Tensor | None, eligible: Tensor | None, count: int) -> Tensor:
+    """One image: [2, count], indices ascending and in order of choice; -1 fills the end where there are too few."""
+    cosines = cosine_matrix(features)
+    eligible = torch.ones_like(cosines[0], dtype=torch.bool) if eligible is None else eligible
+    if quality is None:
+        order = farthest_points(cosines, eligible, count)
+    else:
+        order = determinant_map(cosines, quality.to(cosines.dtype), eligible, count)
+    both = torch.stack([order.sort().values, order])
+    return torch.nn.functional.pad(both, (0, count - len(order)), value=-1)
+
+
+def select_diverse(
+    features: Tensor, *, count: int, quality: Tensor | None = None, candidate_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`farthest_points` or, with a quality, `determinant_map`, of each image of a batch."""
+    parts = [features.new_empty(2, 0, count, dtype=torch.int64)]
+    for b in range(len(features)):
+        q, mask = (None if x is None else x[b] for x in (quality, candidate_mask))
+        parts.append(_diverse_image(features[b], q, mask, count)[:, None])
+    indices, order = torch.cat(parts, dim=1)
+    return indices.clone(), order.clone()  # an operator's results must not share memory
+
+
+def select_diverse_varlen(
+    features: Tensor,
+    *,
+    sizes: Sequence[int],
+    counts: Sequence[int],
+    quality: Tensor | None = None,
+    candidate_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`select_diverse` of packed images, each by itself; indices are positions in the packed sequence."""
+    parts, start = [features.new_empty(2, 0, dtype=torch.int64)], 0
+    for size, count in zip(sizes, counts):
+        image = slice(start, start + size)
+        q, mask = (None if x is None else x[image] for x in (quality, candidate_mask))
+        part = _diverse_image(features[image], q, mask, count)
+        parts.append(torch.where(part < 0, part, part + start))
+        start += size
+    indices, order = torch.cat(parts, dim=1)
+    return indices.clone(), order.clone()

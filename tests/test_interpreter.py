@@ -10,7 +10,7 @@ import pytest
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.parametrize("operators", ["attention", "selection", "segments", "merge"])
+@pytest.mark.parametrize("operators", ["attention", "diverse", "selection", "segments", "merge"])
 def test_kernels_in_the_interpreter(operators):
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", f"tests/interpreter/test_{operators}.py"]

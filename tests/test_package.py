@@ -67,7 +67,16 @@ METHODS = [
 @pytest.mark.parametrize(
     "name",
     [
-        *("budget", "ops.attention", "ops.selection", "ops.segments", "ops.merge", "ops.inputs", "ops.library"),
+        *(
+            "budget",
+            "ops.attention",
+            "ops.diverse",
+            "ops.selection",
+            "ops.segments",
+            "ops.merge",
+            "ops.inputs",
+            "ops.library",
+        ),
         *("kernels.table", *METHODS),
     ],
 )

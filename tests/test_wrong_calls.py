@@ -186,6 +186,12 @@ MERGE_PACKED = {
     "counts": ("host", [36, 9]),
     "rows_only": ("bool", True),
 }
+DIVERSE = {
+    "features": ("tensor", torch.randn(45, 3)),
+    "quality": ("tensor?", torch.rand(45)),
+    "candidate_mask": ("tensor?", torch.ones(45, dtype=torch.bool)),
+}
+DIVERSE_BATCH = {name: (kind, torch.stack([tensor, tensor])) for name, (kind, tensor) in DIVERSE.items()}
 BUDGET = {"budget": ("int", 640), "retention": ("nothing", None)}
 ANYRES = {
     "size": ("sides", (480, 640)),
@@ -221,6 +227,8 @@ CALLS = [
     (hk.shares, SHARES),
     (hk.merge_tokens, MERGE),
     (hk.merge_tokens_varlen, MERGE_PACKED),
+    (hk.select_diverse, {**DIVERSE_BATCH, "count": ("int", 9)}),
+    (hk.select_diverse_varlen, {**DIVERSE, "sizes": ("sizes", [36, 9]), "counts": ("budgets", [9, 2])}),
     (budget.resolve_budget, {"num_tokens": ("int", 576), **BUDGET}),
     (budget.resolve_budget, {"budget": ("nothing", None), "num_tokens": ("int", 576), "retention": ("share", 0.5)}),
     (budget.tile_budgets, {"sizes": ("sizes", [576, 576]), **BUDGET}),
@@ -278,6 +286,7 @@ CHECKED = {
     "features": ("tensor?", ROWS),
     "object_scores": ("tensor?", SCORES),
     "deep_scores": ("tensor?", SCORES),
+    "quality": ("tensor?", SCORES),
     "cu_seqlens_q": ("tensor?", LENGTHS),
     "cu_seqlens_k": ("tensor?", LENGTHS),
     "max_seqlen_q": ("count?", 5),

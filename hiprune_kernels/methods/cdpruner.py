@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..budget import check_share
 from ..facts import EncoderFacts
 from .base import Method, Needs, Picks, Seen, TokenLayout, picks_of_tiles, tokens_of_tiles
@@ -87,24 +86,4 @@ def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=features.device)
-    features = F.normalize(features.float(), dim=-1)
-    cosines = features @ features.T  # [N, N]
-    cosines.diagonal().copy_((features != 0).any(dim=-1))  # 1 to the last bit: equally relevant tokens are equal
-    kernel = quality[:, None] * cosines * quality
-    gain, chosen, basis = kernel.diagonal().clone(), [], torch.zeros(0, len(kernel), device=kernel.device)
-    least = 1e-12 * gain.max()
-    taken = torch.zeros(len(kernel), dtype=torch.bool, device=kernel.device)
-    for _ in range(count):
-        best = gain.argmax()
-        if not bool(gain[best] > least):
-            best = quality.masked_fill(taken, -math.inf).argmax()
-            taken[best] = True
-            chosen.append(best)
-            continue
-        row = (kernel[best] - basis[:, best] @ basis) / gain[best].sqrt()
-        basis = torch.cat([basis, row[None]])
-        gain -= row**2
-        taken[best] = True
-        gain[taken] = -math.inf
-        chosen.append(best)
-    return torch.stack(chosen)
+    return ops.select_diverse(features[None], count=count, quality=quality[None])[1][0]

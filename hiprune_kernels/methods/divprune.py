@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, candidates_of_images, image_budgets, picks_of
+from .base import Method, Needs, Picks, Seen, TokenLayout, image_budgets, picks_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,21 +40,16 @@ class DivPrune(Method):
         return image_budgets(self, layout)
 
     def select(self, seen: Seen) -> Picks:
-        layout, chosen = seen.layout, []
-        for candidates, count in zip(candidates_of_images(seen), self.kept(layout)):
-            chosen.append(candidates[farthest_points(seen.features[candidates], count)])
-        return picks_of(torch.cat(chosen), layout)
+        layout = seen.layout
+        indices, _ = ops.select_diverse_varlen(
+            seen.features,
+            sizes=[tokens.stop - tokens.start for _, tokens in layout.images()],
+            counts=self.kept(layout),
+            candidate_mask=None if layout.candidates is None else layout.candidates.to(seen.device),
+        )
+        return picks_of(indices, layout)
 
 
 def farthest_points(features: Tensor, count: int) -> Tensor:
     """`count` of the rows of features [N, C] by farthest-point sampling on 1 - cosine, in the order of choice."""
-    features = F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
-    distances = 1 - features @ features.T  # [N, N]
-    distances = torch.minimum(distances, distances.T)  # the product of few rows may round otherwise than its mirror
-    nearest_other = distances.clone().fill_diagonal_(torch.inf).amin(dim=1)
-    least, chosen = distances.new_full((len(features),), torch.inf), [nearest_other.argmax()]
-    for _ in range(count - 1):
-        least = torch.minimum(least, distances[chosen[-1]])
-        least[chosen[-1]] = -torch.inf
-        chosen.append(least.argmax())
-    return torch.stack(chosen)
+    return ops.select_diverse(features[None], count=count)[1][0]

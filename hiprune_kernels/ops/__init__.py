@@ -8,6 +8,7 @@ from .attention import (
     attention_with_scores,
     attention_with_scores_varlen,
 )
+from .diverse import select_diverse, select_diverse_varlen
 from .inputs import check_inputs
 from .library import KernelStatus, kernel_status
 from .merge import merge_tokens, merge_tokens_varlen
@@ -28,6 +29,8 @@ __all__ = [
     "merge_tokens_varlen",
     "prune_tokens",
     "prune_tokens_varlen",
+    "select_diverse",
+    "select_diverse_varlen",
     "select_tokens",
     "select_tokens_varlen",
     "select_top_segments",

@@ -23,6 +23,7 @@ def check_inputs(
     features: Tensor | None = None,
     object_scores: Tensor | None = None,
     deep_scores: Tensor | None = None,
+    quality: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
     max_seqlen_q: int | None = None,
@@ -41,12 +42,12 @@ def check_inputs(
     The operators check metadata only (shapes, dtypes, devices), so that they never wait for a GPU and compile without
     graph breaks. Here: floating-point tensors must be finite, cumulative lengths must start at 0, never decrease and
     end at the number of packed rows, `max_seqlen_q` must cover the longest segment, and every image must have at least
-    `budget` candidates. Weights must not be negative; budgets on the device must be what their segments can give, and
-    come to the totals of their images.
+    `budget` candidates. Weights and a quality must not be negative; budgets on the device must be what their segments
+    can give, and come to the totals of their images.
 
     Args:
-        query, key, value, features, object_scores, deep_scores, scores, keys, weights: floating-point tensors, checked
-            for NaN and infinity.
+        query, key, value, features, object_scores, deep_scores, scores, keys, weights, quality: floating-point tensors,
+            checked for NaN and infinity.
         cu_seqlens_q, cu_seqlens_k: [S + 1] int32, for packed `query` and `key` [T, H, D], which must be given too.
         max_seqlen_q: the value meant for the varlen operators.
         candidate_mask: [B, N] bool, checked against `budget`; or [T], against `budgets`.
@@ -62,8 +63,8 @@ def check_inputs(
         ValueError: object_scores: expected finite values, got 1 NaN and 0 infinite of 2
     """
     tensors = {"query": query, "key": key, "value": value, "features": features}
-    tensors |= {"object_scores": object_scores, "deep_scores": deep_scores}
-    for name, tensor in {**tensors, "scores": scores, "keys": keys, "weights": weights}.items():
+    tensors |= {"object_scores": object_scores, "deep_scores": deep_scores, "scores": scores, "keys": keys}
+    for name, tensor in {**tensors, "weights": weights, "quality": quality}.items():
         if tensor is None:
             continue
         _check_data(name, tensor)
@@ -77,6 +78,8 @@ def check_inputs(
             )
         if name == "weights" and bool((tensor < 0).any()):
             raise ValueError(f"weights: expected at least 0, got {float(tensor.min())}")
+    if quality is not None and bool((quality < 0).any()):
+        raise ValueError(f"quality: expected no negative values, got {int((quality < 0).sum())} of {quality.numel()}")
     _check_lengths("cu_seqlens_q", cu_seqlens_q, "query", query)
     _check_lengths("cu_seqlens_k", cu_seqlens_k, "key", key)
     if max_seqlen_q is not None:
