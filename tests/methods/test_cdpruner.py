@@ -174,6 +174,15 @@ def test_quality_is_scaled_over_the_tiles_of_one_image():
     assert [sorted(x) for x in selected(CDPruner(budget=2), seen)] == [[3, 7], [8, 9]]
 
 
+def test_padding_does_not_scale_quality():
+    """The least relevant token has no quality, though a row of padding is less relevant still."""
+    features = torch.tensor([[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0.9, 0.436, 0], [0, 0, 0, 0]])
+    text = torch.tensor([[0.5, 0.7, -0.069, 0.505]])  # relevance .5 .7 .6 and 0
+    seen = Seen(layout_of([(2, 2)], padding=[3]), features=features, text=[text], encoder=CLIP)
+    assert sorted(selected(CDPruner(budget=2), seen)[0]) == [1, 2]
+    assert sorted(selected(CDPruner(budget=2), seen._replace(layout=layout_of([(2, 2)])))[0]) == [0, 1]
+
+
 def test_numbers_that_are_none():
     """Picks are as many, and each once, whatever they are."""
     method, layout = CDPruner(budget=6), layout_of([(4, 4)])
