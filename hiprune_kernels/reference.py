@@ -420,7 +420,8 @@ def shares(weights: Tensor, caps: Tensor, totals: Sequence[int], tiles: Sequence
 
     The budgets of an image's tiles in HiRED (Arif et al., AAAI 2025) and PTP (Liang et al., arXiv 2509.15704).
     """
-    weights = weights.detach().double().where((weights > 0) & (weights < 1e280), 0.0)
+    weights = weights.detach().double()
+    weights = weights.where((weights > 0) & (weights < 1e280), 0.0)
     shared = [caps.new_empty(0, dtype=torch.int64)]
     for w, cap, total in zip(weights.split(list(tiles)), caps.long().clamp(min=0).split(list(tiles)), totals):
         cap, part = cap.clamp(max=total), torch.ones_like(w, dtype=torch.bool)  # those that are not full
@@ -574,7 +575,10 @@ def determinant_map(cosines: Tensor, quality: Tensor, eligible: Tensor, count: i
     ("Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", Zhang et al.,
     NeurIPS 2025; "Fast Greedy MAP Inference for Determinantal Point Process", Chen et al., NeurIPS 2018)."""
     kernel = quality[:, None] * cosines * quality
-    gain, left, chosen = kernel.diagonal().where(eligible, 0.0), eligible.clone(), []
+    itself = (cosines.diagonal() > 0).to(
+        quality
+    )  # 1 to the last bit, so that equally good tokens are equal; 0 of zeros
+    gain, left, chosen = (quality**2 * itself).where(eligible, 0.0), eligible.clone(), []
     least, covered = 1e-12 * gain.amax(), kernel.new_zeros(count, len(kernel))
     for step in range(min(count, int(eligible.sum()))):
         chosen.append(_best(gain, left))

@@ -384,7 +384,7 @@ def scores_kernel(
     splits,
     split_rows,  # queries per split, a multiple of BLOCK_M
     logit_scale,
-    top_scale,  # from a log-sum-exp to base 2
+    top_scale,  # from a log-sum-exp to the scale of Q K^T
     CAUSAL: tl.constexpr,
     NEGATE: tl.constexpr,
     D: tl.constexpr,
@@ -424,10 +424,11 @@ def scores_kernel(
         counted = _valid_rows(first_m, length_q, start_q, query_mask_ptr, query_mask_strides, batch, BLOCK_M)
         q1, q2 = _load(q_ptr, start_q + first_m, q_strides[2], exists, BLOCK_M, D, D1, D2, ALIGN)
         top = tl.load(top_ptr + rows, mask=counted, other=float("inf"))
-        if weight_ptr is None:
-            top *= top_scale
         logits = _product(q1, q2, k1, k2, D2)
-        if weight_ptr is None:  # in one multiply-add: a log-sum-exp is rounded like its product anyway
+        if (
+            weight_ptr is None
+        ):  # in one multiply-add, by the very factor that the logits have: two would differ in all rows
+            top = top * top_scale * logit_scale
             p = tl.exp2(logits * logit_scale - top[:, None])
         else:
             weight = tl.load(weight_ptr + rows, mask=counted, other=0.0)

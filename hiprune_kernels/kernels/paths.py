@@ -270,7 +270,7 @@ def _scores_pass(
     Args:
         top: [B, heads, M] float32, the largest Q K^T; or, without `weight`, the natural LSE.
         weight: [B, heads, M] float32, 1 / the sum of the exponentials.
-        top_scale: factor from an LSE to base 2.
+        top_scale: factor from an LSE to the scale of Q K^T.
     """
     assert plan.scores is not None  # a plan of two launches
     (rows, _, constants), blocks = operands, plan.scores
@@ -348,8 +348,7 @@ def behind(lender: Lender) -> Path:
         output = output.transpose(1, 2).contiguous().transpose(1, 2)  # a copy only where the memory order is another
         lse = lse.reshape(problem.B, problem.heads, problem.M)
         operands = _operands(problem, None)
-        to_base_2 = operands[0]["logit_scale"] / problem.scale  # log2(e), as the kernel's logits have it
-        return output, _scores_pass(problem, operands, plan, launch, lse, None, to_base_2)
+        return output, _scores_pass(problem, operands, plan, launch, lse, None, 1 / problem.scale)
 
     return path
 
