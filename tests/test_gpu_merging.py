@@ -48,8 +48,12 @@ def test_random_shares(seed):
     for _ in range(40):
         sizes, tiles, totals = draw_images(rng)
         weights = rng.choice([torch.rand(len(sizes)), torch.randn(len(sizes)).double(), torch.rand(len(sizes)).half()])
-        result = hk.shares(weights.cuda(), totals, rng.choice([sizes, torch.tensor(sizes).cuda()]), tiles=tiles)
-        assert torch.equal(result.cpu(), reference.shares(weights, torch.tensor(sizes), totals, tiles))
+        result = hk.shares(
+            weights.cuda(), totals, rng.choice([sizes, torch.tensor(sizes, dtype=torch.int64).cuda()]), tiles=tiles
+        )
+        assert torch.equal(
+            result.cpu(), reference.shares(weights, torch.tensor(sizes, dtype=torch.int64), totals, tiles)
+        )
     weights, caps = torch.rand(1000), torch.randint(0, 600, (1000,))
     result = hk.shares(weights.cuda(), [70000], caps.cuda(), tiles=[1000])
     assert torch.equal(result.cpu(), reference.shares(weights, caps, [70000], [1000]))
