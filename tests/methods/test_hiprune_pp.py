@@ -144,7 +144,7 @@ def test_definition(layout, additive, options):
         assert selected(method, seen) == reference(method, seen)
 
 
-@pytest.mark.parametrize("options", [{}, {"alpha": 0.7}, {"rule": "grid"}, {"keep_roles": ("register",)}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"alpha": 0.7}, {"rule": "grid"}, {"keep_roles": ("register",)}])
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_no_text_or_none_of_the_budget_is_hiprune_itself(layout, options):
     """Bit for bit, where tokens go; and a note."""
@@ -234,7 +234,6 @@ def test_what_is_read():
         ({"object_layer": "9"}, TypeError, "object_layer: expected an int, got str"),
         ({"beta": 0.1}, TypeError, "HiPrunePlusPlus: expected options among budget, .*, by name, got beta"),
     ],
-    ids=str,
 )
 def test_wrong_options(options, error, message):
     with pytest.raises(error, match=message):

@@ -155,7 +155,6 @@ def test_what_is_read():
         ({"budget": None}, ValueError, "budget: expected exactly one of budget and retention"),
         ({"ratio": 0.2}, TypeError, "TRIM: expected options among budget, retention, text_encoder, by name, got ratio"),
     ],
-    ids=str,
 )
 def test_wrong_options(options, error, message):
     with pytest.raises(error, match=message):
@@ -179,7 +178,6 @@ def clip_parts() -> dict:
         ({"tokenizer": clip_words}, "tokenizer: expected a tokenizer with `decode`, got function"),
         ({"instruction": "USER"}, "instruction: expected a callable, got str"),
     ],
-    ids=str,
 )
 def test_wrong_options_of_clip_text(options, message):
     with pytest.raises(TypeError, match=message):
@@ -255,7 +253,7 @@ def assert_trims(model, method: TRIM, inputs: dict, relevance_of) -> None:
     assert_model_prunes(model, method, inputs, expected, changed)
 
 
-@pytest.mark.parametrize("options", [{"retention": 0.3}, {"budget": 4}, {"budget": 35}], ids=str)
+@pytest.mark.parametrize("options", [{"retention": 0.3}, {"budget": 4}, {"budget": 35}])
 @pytest.mark.parametrize("name", ["llava", "llava_next"])
 def test_models(name, options):
     model, inputs, text = tiny_with_clip(name)
