@@ -309,9 +309,7 @@ class Determinant {
     T most = 0;
     for (int64_t i = 0; i < cosines.padded(); ++i) {
       left_[i] = i < count ? quality_[i] : kOut;
-      // A cosine with itself is 1 to the last bit, so that equally good tokens are equal; 0 of zeros and beyond
-      // `count`.
-      gain_[i] = cosines.squares()[i] > 0 ? quality_[i] * quality_[i] : 0;
+      gain_[i] = quality_[i] * quality_[i] * cosines.squares()[i];  // 0 beyond `count`, which is never enough
       if (gain_[i] > most) most = gain_[i];
     }
     least_ = static_cast<T>(1e-12) * most;

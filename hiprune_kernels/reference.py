@@ -575,10 +575,7 @@ def determinant_map(cosines: Tensor, quality: Tensor, eligible: Tensor, count: i
     ("Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs", Zhang et al.,
     NeurIPS 2025; "Fast Greedy MAP Inference for Determinantal Point Process", Chen et al., NeurIPS 2018)."""
     kernel = quality[:, None] * cosines * quality
-    itself = (cosines.diagonal() > 0).to(
-        quality
-    )  # 1 to the last bit, so that equally good tokens are equal; 0 of zeros
-    gain, left, chosen = (quality**2 * itself).where(eligible, 0.0), eligible.clone(), []
+    gain, left, chosen = kernel.diagonal().where(eligible, 0.0), eligible.clone(), []
     least, covered = 1e-12 * gain.amax(), kernel.new_zeros(count, len(kernel))
     for step in range(min(count, int(eligible.sum()))):
         chosen.append(_best(gain, left))

@@ -187,7 +187,8 @@ def test_options_of_methods_are_those_of_their_fields(capsys):
     for cls in METHODS.values():
         for option in hk.methods.options_of(cls):
             assert f"--{option.replace('_', '-')} " in text
-    assert "(HiPrune; default: 0.1)" in text and "(HiPrune; default: the model's)" in text
+    assert "(HiPrune: 0.1; HiPrunePlusPlus: 0.1; PTP: 0.5; HiRED: 0.5)" in text
+    assert "(HiPrune, HiPrunePlusPlus; default: the model's)" in text
 
 
 # ----------------------------------------------------------------------------------------------- what the model sees

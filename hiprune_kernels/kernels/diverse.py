@@ -197,7 +197,7 @@ def choose_kernel(
         covered_ptr += image * steps * BLOCK
         quality = tl.load(quality_ptr + token.to(tl.int64) * stride_qt, mask=valid, other=0.0).to(tl.float32)
         diagonal = tl.load(cosines_ptr + token.to(tl.int64) * (side + 1), mask=valid, other=0.0)
-        worth = quality * quality * tl.where(diagonal > 0, 1.0, 0.0)  # 1 to the last bit: equally good tokens are equal
+        worth = quality * quality * diagonal
         least = 1e-12 * tl.max(tl.where((left > 0) & (worth == worth), worth, 0.0), 0)
 
     for step in range(found):

@@ -261,9 +261,9 @@ def merge_tokens(
                 **_strides("stride_t", "it", targets),
                 **_strides("stride_f", "itc", features),
             }
-            grid = chunk.number, chunk.targets, cdiv(channels, MERGE["COLUMNS"])
+            blocks = chunk.number, chunk.targets, cdiv(channels, MERGE["COLUMNS"])
             constants = {"PACKED": packed, "ROWS_ONLY": rows_only, **MERGE}
-            launch(merge_kernel, grid, arguments, constants, WARPS, 2)
+            launch(merge_kernel, blocks, arguments, constants, WARPS, 2)
     return merged, assigned
 
 

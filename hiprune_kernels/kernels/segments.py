@@ -239,7 +239,9 @@ def _chunks(sizes: tuple[int, ...], tiles: tuple[int, ...], totals: tuple[int, .
     images = _runs(sizes, tiles, totals)
     if images and len(images[0]) == 1 and images.count(images[0]) == len(images):
         return [_Chunk(len(sizes), tuple(map(float, images[0][0])), 0, 0, 0, sizes[0])]
-    chunks, runs, starts = [], [], (0, 0, 0)
+    chunks: list[_Chunk] = []
+    runs: list[tuple[int, int, int]] = []
+    starts = (0, 0, 0)
 
     def close() -> tuple[int, int, int]:
         padded = runs + [(1, 0, 0)] * (RUNS - len(runs))  # one compiled kernel for every number of runs

@@ -513,8 +513,9 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
 
     if not isinstance(needs, Needs):
         raise TypeError(f"{name}: expected Needs from `needs`, got {type(needs).__name__}")
-    if not isinstance(needs.scores, Mapping):
-        got = type(needs.scores).__name__
+    scores: Any = needs.scores  # whatever a third party's code gives
+    if not isinstance(scores, Mapping):
+        got = type(scores).__name__
         raise TypeError(f"{name}: expected scores to be a mapping from layers to queries, got {got}")
     layers = f"of layers 1 to {encoder.feature_layer} (1-based, up to the layer whose output are the features)"
     for layer, queries in needs.scores.items():
@@ -533,9 +534,10 @@ def checked_needs(method: Method, encoder: EncoderFacts) -> Needs:
         wanted = "text" if needs.text or needs.text_attention else "features of the language model"
         raise ValueError(f"{name}: needs {wanted}, expected a model with a language model, got {encoder.name} alone")
     if needs.text_attention is not None:
-        if not isinstance(needs.text_attention, (list, tuple)) or len(needs.text_attention) != 2:
-            refuse("text_attention", "to be (decoder layer, reduction)", needs.text_attention)
-        layer, reduction = needs.text_attention
+        pair: Any = needs.text_attention
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            refuse("text_attention", "to be (decoder layer, reduction)", pair)
+        layer, reduction = pair
         if type(layer) is not int or not 1 <= layer <= encoder.decoder_layers:
             refuse("text_attention", f"of decoder layers 1 to {encoder.decoder_layers}", layer)
         if encoder.attention_layers and layer not in encoder.attention_layers:

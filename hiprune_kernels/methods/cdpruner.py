@@ -86,4 +86,7 @@ def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
     """
     if count == 0:
         return torch.zeros(0, dtype=torch.long, device=features.device)
-    return ops.select_diverse(features[None], count=count, quality=quality[None])[1][0]
+    # The lowest of equally relevant tokens is the first, whatever a cosine with itself is rounded to. The factor of a
+    # token that was chosen cancels.
+    first = torch.zeros_like(quality).scatter(0, quality.argmax()[None], 2e-6)
+    return ops.select_diverse(features[None], count=count, quality=(quality * (1 + first))[None])[1][0]
