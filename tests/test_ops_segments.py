@@ -325,7 +325,8 @@ def test_devices_without_a_kernel_go_to_the_reference(monkeypatch):
     assert_same(hk.ops.segments._select_reference(*arguments), torch.ops.hiprune.select_top_segments(*arguments))
     arguments = torch.rand(2), torch.tensor([9, 9]), [7], [2]
     assert torch.equal(hk.ops.segments._shares_reference(*arguments), torch.ops.hiprune.shares(*arguments))
-    assert calls == ["warned"] * 2
+    built = bool(hk.ops.library.CPU_KERNELS)  # or else the operators go there too
+    assert calls == ["warned"] * (2 if built else 4)
 
 
 # --------------------------------------------------------------------------------------------------------- bad input
