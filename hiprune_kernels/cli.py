@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="Visual-token pruning: answers, pictures, kernels, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,run,demo}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
     info.add_argument("--models", action="store_true", help="rather: the models and encoders that are supported")
@@ -126,11 +126,11 @@ def _info_models(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    models = [("model", "model type", "budget per", "object layer", "feature layer", "notes")]
+    models: list[tuple[str, ...]] = [("model", "model type", "budget per", "object layer", "feature layer", "notes")]
     for row in found["models"]:
         layers = (f"{row[name]} of {row['layers']}" for name in ("object_layer", "feature_layer"))
         models.append((row["name"], row["model_type"], row["budget_per"], *layers, row["notes"]))
-    encoders = [("encoder", "model type", "prefix tokens", "object layer", "notes")]
+    encoders: list[tuple[str, ...]] = [("encoder", "model type", "prefix tokens", "object layer", "notes")]
     for row in found["encoders"]:
         share = f"{row['object_share']:.3g} of the depth"
         encoders.append((row["name"], row["model_type"], str(row["prefix_tokens"]), share, row["notes"]))

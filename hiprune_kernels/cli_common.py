@@ -138,7 +138,7 @@ def watched(
         then: called with what it saw, which must be finite, and what it picked.
         whole: called with the layout where every token stays, and the method is not asked.
     """
-    cls = type(method)
+    cls: Any = type(method)
 
     class Watched(cls):
         def kept(self, layout: TokenLayout) -> list[int]:
@@ -210,7 +210,7 @@ def open_image(path: str) -> Image:
     return to_rgb(upright)
 
 
-def _check_tiff(image: Image) -> None:
+def _check_tiff(image: Any) -> None:
     """Refuse grey TIFFs whose numbers pillow hands over without what they mean."""
     if image.format == "TIFF" and image.mode.startswith("I"):
         bits, sample_format, ink = image.tag_v2[258], image.tag_v2.get(339, (1,)), image.tag_v2[262]

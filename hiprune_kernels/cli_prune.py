@@ -285,5 +285,5 @@ def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
             scores.append(look.seen.text_scores)
             titles.append("attention of the text")
     titles.append(f"{len(look.indices)} of {_candidates(look)} tokens kept")
-    options = {"role_names": look.method.roles, "candidates": look.layout.candidates}
-    return draw_views(views, look.roles, scores, titles=titles, **options)
+    roles, candidates = look.method.roles, look.layout.candidates
+    return draw_views(views, look.roles, scores, titles=titles, role_names=roles, candidates=candidates)

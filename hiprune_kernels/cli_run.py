@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .loading import LoadedModel
+    from .patch.edits import StockModule
 
 _WARM_UP = 2  # tokens
 
@@ -133,8 +134,9 @@ class _Answerer:
 
         from .processing import quiet_transformers
 
+        model: StockModule = self.model
         with torch.inference_mode(), quiet_transformers():
-            self.model.generate(
+            model.generate(
                 **self.inputs,
                 max_new_tokens=max_new_tokens,
                 streamer=streamer,
@@ -153,7 +155,8 @@ class _SeenPrompt:
         from .patch import FAMILIES
 
         family = FAMILIES[model.config.model_type]
-        self._layer = family.language_model(family.host(model)).layers[0]
+        language_model: Any = family.language_model(family.host(model))
+        self._layer = language_model.layers[0]
 
     def __enter__(self) -> _SeenPrompt:
         self._handle = self._layer.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -193,7 +196,7 @@ def _print_table(columns: list[tuple[str, Figures | None]], answer: _Answerer) -
     (first, before), (second, after) = columns
     compared = before is not None
     first = first if compared else "all tokens"
-    rows = [("", first, second, "ratio")]
+    rows: list[tuple[str, ...]] = [("", first, second, "ratio")]
     old = {"visual_tokens": answer.places, "prompt_tokens": answer.prompt}
     labels = {
         "visual_tokens": ("visual tokens", "{}"),

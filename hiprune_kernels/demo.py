@@ -110,7 +110,7 @@ class _Meter:
     """Watches one prompt from the vision encoder's start to the projector's end, and what the language model sees."""
 
     def __init__(self, llava: LlavaForConditionalGeneration) -> None:
-        self.prompt: Tensor | None = None
+        self._prompt: Tensor | None = None
         self._inner = llava.model
 
     def __enter__(self) -> _Meter:
@@ -135,9 +135,16 @@ class _Meter:
         peak = _memory_kib("VmHWM")
         self.peak_mib = None if self._held is None or peak is None else (peak - self._held) / 1024
 
+    @property
+    def prompt(self) -> Tensor:
+        """The embeddings that the language model saw, [P, C]."""
+        if self._prompt is None:
+            raise RuntimeError("prompt: expected the language model to run, but it did not")
+        return self._prompt
+
     def _see_prompt(self, module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if self.prompt is None:  # the first call is the prefill, later ones see one token each
-            self.prompt = (args[0] if args else kwargs["hidden_states"])[0].clone()
+        if self._prompt is None:  # the first call is the prefill, later ones see one token each
+            self._prompt = (args[0] if args else kwargs["hidden_states"])[0].clone()
 
 
 # ------------------------------------------------------------------------------------------------------- the four ways
@@ -235,7 +242,7 @@ class _Ways:
         encoded = inner.vision_tower(pixels, output_attentions=True, output_hidden_states=True)
         maps = (encoded.attentions[layer - 1] for layer in (loaded.object_layer, loaded.feature_layer))
         scores = [attention[0].mean(dim=0).mean(dim=0)[1:] for attention in maps]  # [N] each; the CLS column is dropped
-        kept = _released_selection(*scores, self.budget, loaded.grid)
+        kept = _released_selection(scores[0], scores[1], self.budget, loaded.grid)
         return kept, inner.multi_modal_projector(encoded.hidden_states[loaded.feature_layer][:, 1:][:, kept])
 
     def check(self, runs: dict[str, Run]) -> float:
@@ -398,7 +405,8 @@ def _measure_and_draw(
         error = max(float((x - y).abs().max() / y.max()) for x, y in zip(recorded, exact))
         draw_overview(
             loaded.seen_image(pixels),
-            *(x[0, 1:] for x in recorded),
+            recorded[0][0, 1:],
+            recorded[1][0, 1:],
             roles,
             loaded.grid,
             titles=loaded.overview_titles(loaded.object_layer, budget),

@@ -28,6 +28,7 @@ from transformers import (
 from .methods import ClipText, Method, Stage
 from .patch import FAMILIES, apply_method
 from .patch.call import PATCH, PatchedEncoder
+from .patch.edits import StockModule
 from .patch.encoders import find_encoder
 from .processing import default_image_processor, load_processor, quiet_transformers
 from .views import picture_of
@@ -182,7 +183,8 @@ class LoadedEncoder:
 
     @property
     def grid(self) -> tuple[int, int]:
-        side = self.encoder.config.image_size // self.encoder.config.patch_size
+        config: Any = self.encoder.config  # whose sizes are one number each, in a CLIP
+        side = config.image_size // config.patch_size
         return side, side
 
     @property
@@ -245,6 +247,8 @@ def load_encoder(
     """
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 to 2**63 - 1, got {seed}")
+    encoder: StockModule
+    remarks: tuple[str, ...]
     if source is None:
         encoder, feature_layer = _random_encoder(config, seed), max(1, config.num_hidden_layers - 1)
         name = f"a random CLIP vision encoder of {config.num_hidden_layers} layers (seed {seed})"
@@ -265,16 +269,17 @@ def queries_and_keys(
     _, _, modules = find_encoder(encoder)
 
     def keep(layer: int):
-        def hook(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        def hook(module: StockModule, args: tuple, kwargs: dict) -> None:
             states = args[0] if args else kwargs["hidden_states"]
-            projected = (projection(states) for projection in (module.q_proj, module.k_proj))
-            heads[layer] = tuple(x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in projected)
+            query, key = (projection(states) for projection in (module.q_proj, module.k_proj))
+            split = (x.unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for x in (query, key))
+            heads[layer] = next(split), next(split)
 
         return hook
 
     with contextlib.ExitStack() as handles:
         for layer in layers:
-            attention = modules[layer - 1].self_attn
+            attention: StockModule = modules[layer - 1].self_attn
             handles.callback(attention.register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
         encoder(pixel_values)
     return heads
@@ -286,7 +291,8 @@ def _random_encoder(config: CLIPVisionConfig, seed: int) -> CLIPVisionModel:
         encoder = CLIPVisionModel(copy.deepcopy(config))
         # CLIP's own initialisation leaves every attention row nearly uniform, and all column scores nearly equal. With
         # these weights the logits have a standard deviation of about 2, and the scores differ as trained ones do.
-        for layer in find_encoder(encoder)[2]:
+        layers: list[StockModule] = find_encoder(encoder)[2]
+        for layer in layers:
             for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj):
                 torch.nn.init.normal_(projection.weight, std=(2 / config.hidden_size) ** 0.5)
     return encoder
@@ -299,7 +305,7 @@ def _from_checkpoint(source: str) -> tuple[CLIPVisionModel, Any, int, tuple[str,
         config = _config(source, local_only)
         vision_config, feature_layer, renamed = _vision_part(source, config)
         options = {"config": vision_config, "key_mapping": renamed, "local_files_only": local_only}
-        encoder = _with_weights(CLIPVisionModel, source, **options)
+        encoder: StockModule = _with_weights(CLIPVisionModel, source, **options)
         processor, remarks = load_processor(source, vision_config, local_files_only=local_only)
     if config.model_type in ("llava_next", "llava_onevision"):
         tiles = f"a {config.model_type} model cuts images into tiles; here one view of the image is all of them"
@@ -310,7 +316,7 @@ def _from_checkpoint(source: str) -> tuple[CLIPVisionModel, Any, int, tuple[str,
 def _vision_part(source: str, config: Any) -> tuple[CLIPVisionConfig, int, dict[str, str] | None]:
     """The encoder's config, its 1-based feature layer, and how the checkpoint's weights of it are renamed."""
     family = config.model_type
-    vision = config if family == "clip_vision_model" else getattr(config, "vision_config", None)
+    vision: Any = config if family == "clip_vision_model" else getattr(config, "vision_config", None)
     kind = getattr(vision, "model_type", None)
     if kind != "clip_vision_model" or family not in ("clip_vision_model", "clip", *_LLAVAS):
         inside = f" with a {kind} inside" if vision is not None else ""

@@ -11,8 +11,9 @@ import torch
 import transformers
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
+from .patch.edits import StockModule
 from .patch.encoders import ENCODERS
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def load_processor(source: str, config: Any, *, answers: bool = False, **where: 
 
 
 def _whole_processor(source: str, config: Any, **where: Any) -> Any:
-    cls = PROCESSOR_MAPPING[type(config)]
+    cls: Any = PROCESSOR_MAPPING[type(config)]
     if "video_processor" in cls.get_attributes() and not is_torchvision_available():
         return _without_videos(source, cls, **where)
     processor = AutoProcessor.from_pretrained(source, **where)
@@ -85,13 +86,14 @@ class _NoVideos:
 def _without_videos(source: str, cls: Any, **where: Any) -> Any:
     """A processor put together from its parts, all but the one for videos."""
     settings, _ = cls.get_processor_dict(source, **where)
-    load = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+    load: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
     parts = [load[x].from_pretrained(source, **where) if x in load else _NoVideos() for x in cls.get_attributes()]
     changes = {
         "check_argument_for_proper_class": lambda self, name, part: type(part),
         "__repr__": lambda self: cls.__name__,  # the stock one asks every part for its settings
     }
-    return type(cls.__name__, (cls,), changes).from_args_and_dict(parts, settings)
+    assembled: Any = type(cls.__name__, (cls,), changes)
+    return assembled.from_args_and_dict(parts, settings)
 
 
 def image_side(vision: Any) -> int | None:
@@ -110,7 +112,8 @@ def default_image_processor(config: Any) -> Any:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         name = "Glm4vImageProcessor" if kind.startswith("glm") else "Qwen2VLImageProcessor"
         return getattr(transformers, name)(**sizes, temporal_patch_size=vision.temporal_patch_size)
-    whole, cropped = {"height": side, "width": side}, {"size": {"shortest_edge": side}, "crop_size": side}
+    whole = {"height": side, "width": side}
+    cropped: dict[str, Any] = {"size": {"shortest_edge": side}, "crop_size": side}
     tiles = {"image_grid_pinpoints": getattr(config, "image_grid_pinpoints", None)}
     if config.model_type == "llava_next":
         return transformers.LlavaNextImageProcessor(**cropped, **tiles)
@@ -197,8 +200,9 @@ def vision_inputs(model: PreTrainedModel, processor: Any, image: Image, *, langu
         return inputs
     count = 1  # nobody counts the places in the prompt before the features are there
     if language:
+        stock: StockModule = model
         with torch.inference_mode():
-            features = model.get_image_features(**inputs, return_dict=True).pooler_output
+            features = stock.get_image_features(**inputs, return_dict=True).pooler_output
         count = sum(tile.numel() // tile.shape[-1] for tile in features)
     ids = torch.full((1, count), model.config.image_token_id, device=model.device)
     prompt = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "mm_token_type_ids": torch.ones_like(ids)}

@@ -40,9 +40,10 @@ def views_of(
             pixels = pixels[:, 0]
         pixels = list(pixels.flatten(0, -4))
     images = [picture_of(tile, image_processor) for tile in pixels]
-    grids = [grid[-2:] for grid in layout.grids]
+    grids = [(grid[-2], grid[-1]) for grid in layout.grids]
     if len(images) == 1:
         return [View(images[0], grids[0])]
+    places: list[tuple[int, int] | None]
     if inputs.get("image_sizes") is not None:  # the view of the whole comes first
         rows, columns = _anyres_shape(config, pixels[0].shape[-1], size)
         if len(grids) == len(images):

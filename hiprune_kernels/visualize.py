@@ -5,6 +5,7 @@ Needs the extra `hiprune-kernels[images]`; PIL and matplotlib are imported when 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
@@ -439,7 +440,7 @@ def draw_views(
     grids = [view.grid for view in views]
     total = views[0].grid if len(views) == 1 else (1, sum(map(math.prod, grids)))
     roles = _checked_roles(roles, total, role_names)
-    scores = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
+    maps_of = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
     padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
     if isinstance(titles, str) or len(titles) != len(scores) + 2:
         raise ValueError(f"titles: expected {len(scores) + 2} lines, got {titles!r}")
@@ -452,7 +453,7 @@ def draw_views(
     seen = _mosaic(images, places)
     width = max(seen.width, _LEAST_COLUMN)
     panels = [seen]
-    for values in scores:
+    for values in maps_of:
         span = _span(values if padding is None else values[~padding])
         parts = zip(images, values.split(sizes), grids, empty)
         maps = [_score_panel(image, part, grid, colormap, span, none) for image, part, grid, none in parts]
@@ -497,7 +498,7 @@ def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image
     columns = len(panels) if fits else math.ceil(len(panels) / 2)
     margin = max(round(width / 32), 6) if width <= 1000 else 32
     size = min(max(width / 26, 13), 34)
-    size = min(_fitting(size, width, lambda size, title=title: _text_length(title, size)) for title in titles)
+    size = min(_fitting(size, width, functools.partial(_text_length, title)) for title in titles)
     head = round(2.2 * size)
     rows = [panels[i : i + columns] for i in range(0, len(panels), columns)]
     heights = [head + max(panel.height for panel in row) + margin // 2 for row in rows]
