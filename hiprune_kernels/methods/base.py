@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..budget import resolve_budget, tile_budgets
+from ..budget import resolve_budget, shares, tile_budgets
 from ..facts import EncoderFacts
 
 Grid = tuple[int, ...]  # (height, width), or (frames, height, width)
@@ -123,6 +123,14 @@ class TokenLayout(NamedTuple):
             yield slice(tile, tile + count), slice(token, token + size)
             tile, token = tile + count, token + size
 
+    def tiles_beside_thumbnail(self, tiles: slice) -> list[int]:
+        """The tiles of an image, `tiles`, but the one that shows the whole; none where there is none beside it."""
+        places = list(range(tiles.start, tiles.stop))
+        if self.thumbnail is None:
+            return []
+        del places[self.thumbnail % len(places)]
+        return places
+
     def with_candidates(self, candidates: Tensor) -> TokenLayout:
         """This layout where only some tokens, [T] bool, are candidates."""
         counts = tuple(int(part.sum()) for part in candidates.split(self.sizes))
@@ -199,21 +207,26 @@ class Picks(NamedTuple):
         indices: [K] int64, the kept tokens, counted in T, ascending. K is the sum of `Method.kept`. Where a tile cannot
             fill its share, -1 fills the end of it.
         roles: [T] uint8: 0 for a dropped token, else 1, 2, ... as in `Method.roles`.
-        counts: how many of the indices are of each tile, fill included.
+        counts: how many of the indices are of each tile, fill included: host data, or where data decide also [R] int64
+            on the device.
         fills: whether there may be a -1.
         notes: of each image what a reader of `last_selection` should know, such as that its prompt has no text.
     """
 
     indices: Tensor
     roles: Tensor
-    counts: Sequence[int]
+    counts: Sequence[int] | Tensor
     fills: bool = False
     notes: Sequence[str] = ()
 
     @property
     def even(self) -> bool:
         """Whether sizes alone tell that every tile keeps the same number of tokens, with no -1 among them."""
-        return not self.fills and len(set(self.counts)) == 1
+        return not self.fills and not isinstance(self.counts, Tensor) and len(set(self.counts)) == 1
+
+    def host_counts(self) -> list[int]:
+        """`counts` as host data. Where they are on a GPU this waits for it."""
+        return self.counts.tolist() if isinstance(self.counts, Tensor) else list(self.counts)
 
 
 class _SelectionFields(NamedTuple):
@@ -403,8 +416,13 @@ def best_of_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -
         tensor([1])
     """
     mask = None if layout.candidates is None else layout.candidates.to(scores.device)
-    if 0 in budgets:  # the operator takes no such tiles
-        return _best_of_some_tiles(scores, layout, budgets)
+    empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
+    if 0 in budgets:  # the fused operator takes no such tiles
+        alone, own = [1] * len(budgets), torch.tensor(list(budgets), device=scores.device)
+        indices, roles = ops.select_top_segments(
+            scores, own, sizes=layout.sizes, tiles=alone, totals=list(budgets), candidate_mask=mask
+        )
+        return Picks(indices, roles, budgets, fills=empty)
     indices, roles = ops.select_tokens_varlen(
         scores,
         scores,
@@ -413,26 +431,64 @@ def best_of_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -
         keep_roles=("register",),
         candidate_mask=mask,
     )
-    empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
     return Picks(indices, (roles > 0).to(torch.uint8), budgets, fills=empty)
 
 
-def _best_of_some_tiles(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
-    """`best_of_tiles` of the tiles whose budget is not 0."""
-    tokens = torch.arange(len(scores)).split(layout.sizes)
-    some = [i for i, budget in enumerate(budgets) if budget]
-    if not some:
-        nothing = torch.zeros(len(scores), dtype=torch.uint8, device=scores.device)
-        return Picks(nothing.nonzero()[:, 0], nothing, budgets)
-    here = torch.cat([tokens[i] for i in some])
-    part = TokenLayout(tuple(layout.grids[i] for i in some), (1,) * len(some))
-    if layout.candidates is not None:
-        part = part.with_candidates(layout.candidates[here])
-    here = here.to(scores.device)
-    picks = best_of_tiles(scores[here], part, [budgets[i] for i in some])
-    roles = picks.roles.new_zeros(len(scores)).index_copy(0, here, picks.roles)
-    indices = here[picks.indices.clamp(min=0)]
-    return Picks(torch.where(picks.indices < 0, -1, indices), roles, budgets, picks.fills)
+def best_of_shares(scores: Tensor, layout: TokenLayout, kept: Sequence[int], budgets: Tensor) -> Picks:
+    """`best_of_tiles` with budgets [R] that are data: nobody waits for the device.
+
+    Args:
+        scores: [T].
+        layout: of T tokens in R tiles.
+        kept: tokens of each image. Where its tiles' budgets are fewer, -1 fills the end.
+        budgets: [R] int64 on the scores' device, each at most the tile's candidates.
+
+    Example:
+        >>> layout = TokenLayout(((1, 2), (1, 2)), (2,))
+        >>> best_of_shares(torch.tensor([1.0, 3.0, 3.0, 0.0]), layout, [2], torch.tensor([2, 0])).indices
+        tensor([0, 1])
+    """
+    mask = None if layout.candidates is None else layout.candidates.to(scores.device)
+    indices, roles = ops.select_top_segments(
+        scores, budgets, sizes=layout.sizes, tiles=layout.tiles, totals=kept, candidate_mask=mask
+    )
+    return Picks(indices, roles, kept if len(layout.tiles) == len(layout.grids) else budgets)
+
+
+def shared_budgets(
+    seen: Seen,
+    kept: Sequence[int],
+    thumbnails: Sequence[int],
+    weights: Sequence[Tensor],
+    share: Callable[..., Tensor] = ops.shares,
+) -> Tensor:
+    """Budgets of all tiles, [R] int64 on the device: of an image its thumbnail's, and the rest by the others' weights.
+
+    Images without a thumbnail beside other tiles share their budget by sizes.
+
+    Args:
+        kept: tokens of each image.
+        thumbnails: of which so many are of the thumbnail.
+        weights: of each image with a thumbnail beside other tiles, those of the others.
+        share: what shares out, `ops.shares` or a function of the same arguments.
+    """
+    sizes, caps = seen.layout.sizes, list(seen.layout.candidate_counts or seen.layout.sizes)
+    budgets: list[int] = []
+    others, rest = [], []
+    for (tiles, _), total, thumbnail in zip(seen.layout.images(), kept, thumbnails):
+        places = seen.layout.tiles_beside_thumbnail(tiles)
+        if not places:
+            budgets += shares(sizes[tiles], total, caps[tiles])
+            continue
+        budgets += [thumbnail] * (tiles.stop - tiles.start)
+        others.append(places)
+        rest.append(total - thumbnail)
+    found = torch.tensor(budgets, device=seen.device)
+    if not others:
+        return found
+    places = [place for own in others for place in own]
+    own = share(torch.cat(list(weights)), rest, [caps[place] for place in places], tiles=list(map(len, others)))
+    return found.index_copy(0, torch.tensor(places, device=seen.device), own)
 
 
 def best_of_images(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) -> Picks:
@@ -445,8 +501,7 @@ def best_of_images(scores: Tensor, layout: TokenLayout, budgets: Sequence[int]) 
     picks = best_of_tiles(scores, whole, budgets)
     if len(layout.tiles) == len(layout.grids):
         return picks
-    counts = [int(part.sum()) for part in picks.roles.cpu().split(layout.sizes)]
-    return picks._replace(counts=counts)
+    return picks._replace(counts=_counts(picks.roles, layout))
 
 
 def best_first(scores: Tensor) -> Tensor:
@@ -482,19 +537,27 @@ def candidates_of_images(seen: Seen) -> list[Tensor]:
     return [torch.cat(tiles[own]) for own, _ in seen.layout.images()]
 
 
-def picks_of(indices: Tensor, layout: TokenLayout) -> Picks:
-    """The picks of some tokens, [K], in any order, all of one role. On a GPU this waits for the device.
+def picks_of(indices: Tensor, layout: TokenLayout, kept: Sequence[int] | None = None) -> Picks:
+    """The picks of some tokens, [K], in any order, all of one role.
+
+    Args:
+        kept: how many of each image, if the caller knows.
 
     Example:
         >>> picks = picks_of(torch.tensor([5, 0]), TokenLayout(((2, 2), (2, 2)), (2,)))
         >>> picks.indices, picks.counts
-        (tensor([0, 5]), [1, 1])
+        (tensor([0, 5]), tensor([1, 1]))
     """
-    indices, sizes = indices.sort().values, layout.sizes
-    roles = torch.zeros(sum(sizes), dtype=torch.uint8, device=indices.device)
+    indices = indices.sort().values
+    roles = torch.zeros(sum(layout.sizes), dtype=torch.uint8, device=indices.device)
     roles[indices] = 1
-    counts = [int(part.sum()) for part in roles.cpu().split(sizes)]
-    return Picks(indices, roles, counts)
+    one_tile_each = len(layout.tiles) == len(layout.grids)
+    return Picks(indices, roles, _counts(roles, layout) if kept is None or not one_tile_each else kept)
+
+
+def _counts(roles: Tensor, layout: TokenLayout) -> Tensor:
+    """How many tokens each tile keeps, [R] int64, by roles [T]."""
+    return torch.stack([(part > 0).sum() for part in roles.split(layout.sizes)])
 
 
 # -------------------------------------------------------------------------------------- what third parties may do wrong
@@ -587,6 +650,14 @@ def checked_picks(
             raise ValueError(f"{name}: expected {what} on {device}, got {what} on {tensor.device}")
     if len(roles) != sum(sizes):
         raise ValueError(f"{name}: expected roles of {sum(sizes)} tokens, got {len(roles)}")
+    if isinstance(counts, Tensor):
+        if counts.dtype != torch.int64 or tuple(counts.shape) != (len(sizes),) or counts.device != device:
+            got = f"{list(counts.shape)} of {counts.dtype} on {counts.device}"
+            raise ValueError(f"{name}: expected counts [{len(sizes)}] of {torch.int64} on {device}, got {got}")
+        if _is_guaranteed(type(method)) and len(indices) == sum(kept):
+            return picks
+        counts = counts.tolist()
+        picks = picks._replace(counts=counts)
     right = isinstance(counts, (list, tuple)) and len(counts) == len(sizes)
     if not right or not all(type(count) is int and count >= 0 for count in counts):
         raise ValueError(f"{name}: expected counts of {len(sizes)} tiles, got {counts!r}")
@@ -607,7 +678,7 @@ def _is_guaranteed(method: type[Method]) -> bool:
 def _checked_values(name: str, picks: Picks, num_roles: int, layout: TokenLayout) -> Picks:
     indices, roles = picks.indices.cpu(), picks.roles.cpu()
     first = 0
-    for tile, (part, size) in enumerate(zip(indices.split(list(picks.counts)), layout.sizes)):
+    for tile, (part, size) in enumerate(zip(indices.split(picks.host_counts()), layout.sizes)):
         here = part[part >= 0]
         for index in part[: len(here)][part[: len(here)] < 0].tolist():
             raise ValueError(f"{name}: expected fill at the end of tile {tile}'s indices, got {index} before others")

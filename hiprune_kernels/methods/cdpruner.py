@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from .. import ops
 from ..budget import check_share
 from ..facts import EncoderFacts
-from .base import Method, Needs, Picks, Seen, TokenLayout, picks_of_tiles, tokens_of_tiles
+from .base import Method, Needs, Picks, Seen, TokenLayout
 from .text import ClipText, check_text_encoder, check_tower, mean_of_cosines, notes_of, relevance
 
 
@@ -55,18 +57,15 @@ class CDPruner(Method):
 
     def select(self, seen: Seen) -> Picks:
         layout, budgets = seen.layout, self.tile_budgets(seen.layout)
-        relevances, chosen = [], []
+        relevances, quality = [], []
         for image, (_, tokens) in enumerate(layout.images()):
             relevances.append(relevance(seen, image, tokens, self.text_encoder, mean_of_cosines))
-        own = tokens_of_tiles(seen)
-        for (tiles, tokens), u in zip(layout.images(), relevances):
-            quality = self._quality(u, layout, tokens, seen.device)
-            for tile in range(tiles.start, tiles.stop):
-                here = own[tile]
-                best = greedy_dpp(seen.features[here], quality[here - tokens.start], min(budgets[tile], len(here)))
-                chosen.append(here[best].sort().values)
-        notes = notes_of(relevances, "diversity alone")
-        return picks_of_tiles(chosen, budgets, layout, seen.device)._replace(notes=notes)
+            quality.append(self._quality(relevances[-1], layout, tokens, seen.device))
+        indices, _ = greedy_dpp(seen.features, torch.cat(quality), layout, budgets)
+        roles = torch.zeros(sum(layout.sizes) + 1, dtype=torch.uint8, device=seen.device)
+        roles[indices] = 1  # -1, which fills up a tile without candidates, is the one too many
+        empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
+        return Picks(indices, roles[:-1], budgets, empty, notes_of(relevances, "diversity alone"))
 
     def _quality(self, u: Tensor | None, layout: TokenLayout, tokens: slice, device: torch.device) -> Tensor:
         if u is None:
@@ -79,14 +78,17 @@ class CDPruner(Method):
         return torch.exp(self.relevance_weight / (2 * (1 - self.relevance_weight)) * quality)
 
 
-def greedy_dpp(features: Tensor, quality: Tensor, count: int) -> Tensor:
-    """`count` rows of features [N, C] by greedy MAP inference with K = diag(q) L diag(q), in the order of choice.
+def greedy_dpp(features: Tensor, quality: Tensor, layout: TokenLayout, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Greedy MAP inference in each tile with K = diag(q) L diag(q): indices ascending, and in the order of choice.
 
-    Where the features span fewer dimensions, the highest quality fills up.
+    Where the features, [T, C], span fewer dimensions, the highest quality, [T], fills up.
     """
-    if count == 0:
-        return torch.zeros(0, dtype=torch.long, device=features.device)
+    mask = None if layout.candidates is None else layout.candidates.to(features.device)
     # The lowest of equally relevant tokens is the first, whatever a cosine with itself is rounded to. The factor of a
     # token that was chosen cancels.
-    first = torch.zeros_like(quality).scatter(0, quality.argmax()[None], 2e-6)
-    return ops.select_diverse(features[None], count=count, quality=(quality * (1 + first))[None])[1][0]
+    among = quality if mask is None else quality.where(mask, -1.0)
+    starts = [0, *itertools.accumulate(layout.sizes)][:-1]
+    first = torch.stack([part.argmax() for part in among.split(layout.sizes)])
+    first = first + torch.tensor(starts, device=features.device)
+    quality = quality * (1 + torch.zeros_like(quality).index_fill(0, first, 2e-6))
+    return ops.select_diverse_varlen(features, sizes=layout.sizes, counts=counts, quality=quality, candidate_mask=mask)

@@ -40,14 +40,14 @@ class DivPrune(Method):
         return image_budgets(self, layout)
 
     def select(self, seen: Seen) -> Picks:
-        layout = seen.layout
+        layout, kept = seen.layout, self.kept(seen.layout)
         indices, _ = ops.select_diverse_varlen(
             seen.features,
             sizes=[tokens.stop - tokens.start for _, tokens in layout.images()],
-            counts=self.kept(layout),
+            counts=kept,
             candidate_mask=None if layout.candidates is None else layout.candidates.to(seen.device),
         )
-        return picks_of(indices, layout)
+        return picks_of(indices, layout, kept)
 
 
 def farthest_points(features: Tensor, count: int) -> Tensor:

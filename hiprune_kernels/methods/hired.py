@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from ..budget import check_share, shares
+from .. import ops
+from ..budget import check_share
 from ..facts import EncoderFacts
 from .base import (
     Method,
@@ -18,10 +20,11 @@ from .base import (
     TokenLayout,
     areas_of_tiles,
     best_first,
-    best_of_tiles,
+    best_of_shares,
     cls_queries,
     image_budgets,
     no_cls_note,
+    shared_budgets,
 )
 
 
@@ -31,7 +34,8 @@ class HiRED(Method):
 
     The thumbnail keeps ``int(N' alpha)`` tokens. The rest goes to the sub-images by the attention that the thumbnail's
     CLS token pays, in layer 1, to their areas. In each, the tokens with the most attention of its own CLS token in the
-    feature layer stay. An image of one tile keeps its N' best. Budgets of tiles follow from data: the host waits.
+    feature layer stay. An image of one tile keeps its N' best. Budgets of tiles are data, and stay on the device. An
+    area whose attention is not a number gets nothing; tokens without a number come last.
 
     Rules: "paper" sums the attention over the sub-images' rectangles, and shares the budget to the last token
     (`budget.shares`); it needs a model that tells where its tiles lie, as InternVL does not. "official" does as the
@@ -72,61 +76,56 @@ class HiRED(Method):
         return image_budgets(self, layout)
 
     def select(self, seen: Seen) -> Picks:
-        layout = seen.layout
-        budgets, kept = self._tile_budgets(seen), self.kept(layout)
-        picks = best_of_tiles(seen.scores[seen.encoder.feature_layer], layout, budgets)
-        lost = [total - sum(budgets[tiles]) for (tiles, _), total in zip(layout.images(), kept)]
-        picks = picks._replace(notes=[no_cls_note(seen.encoder)] * len(layout.tiles))
-        return _filled(picks, layout, lost) if any(lost) else picks
+        layout, kept = seen.layout, self.kept(seen.layout)
+        budgets = self._tile_budgets(seen, kept)
+        picks = best_of_shares(seen.scores[seen.encoder.feature_layer], layout, kept, budgets)
+        tiled = any(layout.tiles_beside_thumbnail(tiles) for tiles, _ in layout.images())
+        if self.rule == "official" and tiled:  # fewer than `kept` may stay
+            ends = [tiles.stop - 1 for tiles, _ in layout.images()]
+            parts = budgets.split(list(layout.tiles))
+            lost = [total - part.sum() for part, total in zip(parts, kept)]
+            counts = budgets.index_add(0, torch.tensor(ends, device=seen.device), torch.stack(lost))
+            picks = picks._replace(counts=counts, fills=True)
+        return picks._replace(notes=[no_cls_note(seen.encoder)] * len(layout.tiles))
 
-    def _tile_budgets(self, seen: Seen) -> list[int]:
+    def _tile_budgets(self, seen: Seen, kept: Sequence[int]) -> Tensor:
+        """How many tokens of each tile stay, [R]: of the thumbnail from sizes, of the others by their weights."""
         layout = seen.layout
-        sizes, caps, budgets = layout.sizes, list(layout.candidate_counts or layout.sizes), []
-        for image, ((tiles, tokens), total) in enumerate(zip(layout.images(), self.kept(layout))):
-            size, cap = sizes[tiles], caps[tiles]
-            if len(size) == 1 or layout.thumbnail is None:
-                budgets += shares(size, total, cap)
+        caps, thumbnails, weights = list(layout.candidate_counts or layout.sizes), [], []
+        for image, ((tiles, _), total) in enumerate(zip(layout.images(), kept)):
+            places = layout.tiles_beside_thumbnail(tiles)
+            if layout.thumbnail is None or not places:
+                thumbnails.append(total)
                 continue
-            whole = layout.thumbnail % len(size)
-            others = [i for i in range(len(size)) if i != whole]
-            own = [0] * len(size)
-            own[whole] = min(int(total * self.alpha), cap[whole])
-            rest, room = total - own[whole], [cap[i] for i in others]
-            first = tokens.start + sum(size[:whole])
-            scores = seen.scores[1][first : first + size[whole]].double()
+            whole = tiles.start + layout.thumbnail % (len(places) + 1)
+            first = sum(layout.sizes[:whole])
+            scores = seen.scores[1][first : first + layout.sizes[whole]].double()
+            thumbnail, room = min(int(total * self.alpha), caps[whole]), sum(caps[place] for place in places)
             if self.rule == "official":
-                weights = self._bands(scores, len(others))
-                found = [min(int(weight / max(sum(weights), 1) * rest), most) for weight, most in zip(weights, room)]
+                weights.append(self._bands(scores, len(places)))
             else:
-                own[whole] = max(own[whole], total - sum(room))
-                rest = total - own[whole]
-                found = shares(self._rectangles(seen, image, scores.view(layout.grids[tiles][whole])), rest, room)
-            for i, budget in zip(others, found):
-                own[i] = budget
-            budgets += own
-        return budgets
+                thumbnail = max(thumbnail, total - room)
+                weights.append(self._rectangles(seen, image, scores.view(layout.grids[whole])))
+            thumbnails.append(thumbnail)
+        share = _rounded_down if self.rule == "official" else ops.shares
+        return shared_budgets(seen, kept, thumbnails, weights, share)
 
-    def _bands(self, scores: Tensor, count: int) -> list[int]:
-        """How many of the thumbnail's hot tokens are in each band of its raster order."""
-        hot = torch.zeros(len(scores), dtype=torch.long, device=scores.device)
-        hot[best_first(scores)[: int(len(scores) * (1 - self.alpha))]] = 1
+    def _bands(self, scores: Tensor, count: int) -> Tensor:
+        """[count] float64: how many of the thumbnail's hot tokens are in each band of its raster order."""
         band = max(1, len(scores) // count)
-        return [int(part.sum()) for part in hot.split(band)][:count]
+        hot = scores.new_zeros(max(len(scores), count * band))
+        hot[best_first(scores)[: int(len(scores) * (1 - self.alpha))]] = 1
+        return hot[: count * band].view(count, band).sum(dim=1)
 
-    def _rectangles(self, seen: Seen, image: int, scores: Tensor) -> list[float]:
+    def _rectangles(self, seen: Seen, image: int, scores: Tensor) -> Tensor:
         layout = seen.layout
         if layout.encoder_tiles and layout.encoder_tiles[image] != layout.tiles[image]:
-            return [1.0]  # the sub-images are mixed into one
+            return scores.new_ones(1)  # the sub-images are mixed into one
         assert layout.tile_grids is not None  # or `needs` has refused the model
-        return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
+        return areas_of_tiles(scores, layout.tile_grids[image])
 
 
-def _filled(picks: Picks, layout: TokenLayout, lost: list[int]) -> Picks:
-    """Picks with so many -1 at the end of each image's share."""
-    counts, parts, row = list(picks.counts), [], 0
-    for (tiles, _), missing in zip(layout.images(), lost):
-        size = sum(counts[tiles])
-        parts += [picks.indices[row : row + size], picks.indices.new_full((missing,), -1)]
-        row += size
-        counts[tiles.stop - 1] += missing
-    return picks._replace(indices=torch.cat(parts), counts=counts, fills=True)
+def _rounded_down(weights: Tensor, totals: Sequence[int], caps: Sequence[int], *, tiles: Sequence[int]) -> Tensor:
+    """Each image's total shared out by weights, and rounded down, as the released code does: [R] int64."""
+    parts = [(part / part.sum().clamp(min=1) * total).long() for part, total in zip(weights.split(list(tiles)), totals)]
+    return torch.cat(parts).minimum(torch.tensor(list(caps), device=weights.device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..budget import check_int, check_share, shares
+from ..budget import check_int, check_share
 from ..facts import EncoderFacts
 from .base import (
     Method,
@@ -19,12 +20,13 @@ from .base import (
     Seen,
     TokenLayout,
     areas_of_tiles,
-    best_of_tiles,
+    best_of_shares,
     check_decoder_layer,
     check_encoder_layer,
     cls_queries,
     image_budgets,
     no_cls_note,
+    shared_budgets,
 )
 
 
@@ -40,8 +42,8 @@ class PTP(Method):
     4. ``f = (1 - alpha) minmax(b) + alpha minmax(c)`` over the image's tokens; each region keeps its best by f.
 
     Exactly N' tokens stay. Images of one region skip step 2. With ``alpha=0`` everything happens inside the encoder,
-    which computes the kept tokens only; otherwise all tokens go through the language model's first layers once. Budgets
-    of regions follow from data: the host waits for them.
+    which computes the kept tokens only; otherwise all tokens go through the language model's first layers once. A
+    sub-image whose weight is not a number has weight 0; tokens without a number come last.
 
     No code of the authors is public. Not settled by the paper's public texts, and so our readings or options: the
     numbering of layers (from 1), the region formula (that of the same group's HERO, arXiv 2509.13067), its temperature,
@@ -134,58 +136,50 @@ class PTP(Method):
             elif importance is not None:
                 note.append("no text behind the image: saliency alone")
             notes.append("; ".join(filter(None, note)))
-        return best_of_tiles(fused, layout, self._region_budgets(seen))._replace(notes=notes)
+        kept = self.kept(layout)
+        return best_of_shares(fused, layout, kept, self._region_budgets(seen, kept))._replace(notes=notes)
 
     def _saliency_layer(self, encoder: EncoderFacts) -> int:
         return self.saliency_layer or min(max(1, round(11 / 24 * encoder.depth)), encoder.feature_layer)
 
-    def _region_budgets(self, seen: Seen) -> list[int]:
-        """How many tokens of each tile stay: of the thumbnail from sizes, of the others by their weights."""
+    def _region_budgets(self, seen: Seen, kept: Sequence[int]) -> Tensor:
+        """How many tokens of each tile stay, [R]: of the thumbnail from sizes, of the others by their weights."""
         layout = seen.layout
-        sizes, caps, budgets = layout.sizes, list(layout.candidate_counts or layout.sizes), []
-        weights = self._weights(seen)
-        for (tiles, _), total, weight in zip(layout.images(), self.kept(layout), weights):
-            size, cap = sizes[tiles], caps[tiles]
-            if len(size) == 1 or layout.thumbnail is None:
-                budgets += shares(size, total, cap)
+        sizes, caps = layout.sizes, list(layout.candidate_counts or layout.sizes)
+        thumbnails, weights, row = [], [], 0
+        for image, ((tiles, tokens), total) in enumerate(zip(layout.images(), kept)):
+            rows = slice(row, row + (layout.encoder_tiles or layout.tiles)[image])
+            row = rows.stop
+            places = layout.tiles_beside_thumbnail(tiles)
+            if layout.thumbnail is None or not places:
+                thumbnails.append(total)
                 continue
-            whole = layout.thumbnail % len(size)
-            others = [i for i in range(len(size)) if i != whole]
-            room = sum(cap[i] for i in others)
-            own = [0] * len(size)
-            own[whole] = max(min(total * size[whole] // sum(size), cap[whole]), total - room)
-            for i, share in zip(others, shares(weight, total - own[whole], [cap[i] for i in others])):
-                own[i] = share
-            budgets += own
-        return budgets
-
-    def _weights(self, seen: Seen) -> list[list[float]]:
-        """Of each image's sub-images; where these are mixed into one region, it has them all."""
-        layout, found, row = seen.layout, [], 0
-        counts = layout.encoder_tiles or layout.tiles
-        for image, (tiles, tokens) in enumerate(layout.images()):
-            others, rows = tiles.stop - tiles.start - 1, slice(row, row + counts[image])
-            row += counts[image]
-            if others <= 1 or layout.thumbnail is None:
-                found.append([1.0] * others)
+            whole = tiles.start + layout.thumbnail % (len(places) + 1)
+            room = sum(caps[place] for place in places)
+            even = total * sizes[whole] // (tokens.stop - tokens.start)
+            thumbnails.append(max(min(even, caps[whole]), total - room))
+            if len(places) == 1:  # it has them all, also where sub-images are mixed into one region
+                weights.append(torch.ones(1, dtype=torch.float64, device=seen.device))
             elif self.region == "features":
-                states = seen.regions[rows].double()
-                whole = layout.thumbnail % len(states)
-                likeness = F.cosine_similarity(states, states[whole][None], dim=1) / self.temperature
-                found.append(_without(likeness, whole).softmax(dim=0).tolist())
+                weights.append(self._likeness(seen.regions[rows], layout.thumbnail))
             else:
-                found.append(self._attention_weights(seen, image, tiles, tokens))
-        return found
+                weights.append(self._attention_weights(seen, image, whole))
+        return shared_budgets(seen, kept, thumbnails, weights)
 
-    def _attention_weights(self, seen: Seen, image: int, tiles: slice, tokens: slice) -> list[float]:
+    def _likeness(self, states: Tensor, thumbnail: int) -> Tensor:
+        """Weights [R - 1] of an image's sub-images, by the cosines of their rows [R, C] with the thumbnail's."""
+        states, whole = states.double(), thumbnail % len(states)
+        likeness = F.cosine_similarity(states, states[whole][None], dim=1) / self.temperature
+        likeness = torch.cat([likeness[:whole], likeness[whole + 1 :]])
+        return likeness.masked_fill(likeness.isnan(), -math.inf).softmax(dim=0)
+
+    def _attention_weights(self, seen: Seen, image: int, whole: int) -> Tensor:
+        """The thumbnail's attention to the areas of the sub-images."""
         layout = seen.layout
-        assert layout.thumbnail is not None and layout.tile_grids is not None  # or `needs` has refused the model
-        sizes = layout.sizes[tiles]
-        whole = layout.thumbnail % len(sizes)
-        first = tokens.start + sum(sizes[:whole])
-        grid = layout.grids[tiles][whole]
-        scores = seen.scores[seen.encoder.feature_layer][first : first + sizes[whole]].double().view(grid)
-        return areas_of_tiles(scores, layout.tile_grids[image]).tolist()
+        assert layout.tile_grids is not None  # or `needs` has refused the model
+        first = sum(layout.sizes[:whole])
+        scores = seen.scores[seen.encoder.feature_layer][first : first + layout.sizes[whole]].double()
+        return areas_of_tiles(scores.view(layout.grids[whole]), layout.tile_grids[image])
 
 
 def _minmax(values: Tensor) -> Tensor:
@@ -193,7 +187,3 @@ def _minmax(values: Tensor) -> Tensor:
     number = ~values.isnan()
     low, high = values.where(number, math.inf).min(), values.where(number, -math.inf).max()
     return torch.where(high > low, (values - low) / (high - low), 0.0)
-
-
-def _without(values: Tensor, place: int) -> Tensor:
-    return torch.cat([values[:place], values[place + 1 :]])

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..budget import check_share
 from ..facts import EncoderFacts
 from .base import Method, Needs, Picks, Seen, best_first, cls_queries, no_cls_note, picks_of_tiles, tokens_of_tiles
@@ -63,16 +63,23 @@ class VisionZip(Method):
     def _keeps_cls(self, encoder: EncoderFacts) -> bool:
         return encoder.has_cls and not encoder.kind.merges_rows
 
+    def _has_cls_rows(self, seen: Seen) -> bool:
+        return self._keeps_cls(seen.encoder) and seen.layout.pool is None
+
+    def _contextual(self, budget: int, size: int) -> int:
+        """How many contextual tokens a tile of so many tokens has."""
+        return 0 if budget >= size else min(round(self.contextual_share * budget), budget - 1)
+
     def select(self, seen: Seen) -> Picks:
         layout, budgets = seen.layout, self.tile_budgets(seen.layout)
         (scores,) = seen.scores.values()
         roles = torch.zeros(len(scores), dtype=torch.uint8, device=seen.device)
-        chosen, cls = [], self._keeps_cls(seen.encoder) and layout.pool is None
+        chosen, cls = [], self._has_cls_rows(seen)
         for own, budget in zip(tokens_of_tiles(seen), budgets):
             if budget >= len(own):
                 roles[own] = _DOMINANT
             else:
-                contextual = min(round(self.contextual_share * budget), budget - 1)
+                contextual = self._contextual(budget, len(own))
                 dominant = own[best_first(scores[own])[: budget - contextual - cls]]
                 roles[dominant] = _DOMINANT
                 others = own[roles[own] == 0]
@@ -86,22 +93,25 @@ class VisionZip(Method):
         return picks._replace(roles=roles, notes=[note] * len(layout.tiles))
 
     def merge(self, features: Tensor, seen: Seen, picks: Picks) -> Tensor:
-        merged = features.clone()
+        layout, roles = seen.layout, picks.roles
+        sources = (roles == 0) | (roles == _CLS)
+        if layout.candidates is not None:
+            sources &= layout.candidates.to(seen.device)
+        sizes, budgets = layout.candidate_counts or layout.sizes, self.tile_budgets(layout)
+        merged, _ = ops.merge_tokens_varlen(
+            features,
+            seen.keys,
+            (roles == _CONTEXTUAL).nonzero()[:, 0],
+            sources,
+            sizes=layout.sizes,
+            counts=[self._contextual(budget, size) for budget, size in zip(budgets, sizes)],
+        )
+        if not self._has_cls_rows(seen):
+            return merged
         for tile, own in enumerate(tokens_of_tiles(seen)):
-            roles = picks.roles[own]
-            targets, sources = own[roles == _CONTEXTUAL], own[(roles == 0) | (roles == _CLS)]
-            if len(targets):
-                merged[targets] = with_means(features, seen.keys, targets, sources)
-            if bool((roles == _CLS).any()):
-                rows = [seen.regions[tile][None].to(features.dtype), merged[own[roles == _DOMINANT]], merged[targets]]
-                merged[own[roles > 0]] = torch.cat(rows)
+            own_roles = roles[own]
+            if bool((own_roles == _CLS).any()):
+                first = seen.regions[tile][None].to(features.dtype)
+                rows = [first, merged[own[own_roles == _DOMINANT]], merged[own[own_roles == _CONTEXTUAL]]]
+                merged[own[own_roles > 0]] = torch.cat(rows)
         return merged
-
-
-def with_means(features: Tensor, keys: Tensor, targets: Tensor, sources: Tensor) -> Tensor:
-    """Rows [c, C] of the targets, each plus the mean of the sources whose key is likest to its own."""
-    units = F.normalize(keys.float(), dim=-1)
-    owners = (units[sources] @ units[targets].T).argmax(dim=1)
-    one_hot = F.one_hot(owners, len(targets)).float()  # [U - c, c]
-    means = one_hot.T @ features[sources].float() / one_hot.sum(dim=0).clamp(min=1)[:, None]
-    return (features[targets].float() + means).to(features.dtype)

@@ -234,8 +234,8 @@ class Run:
     def selections(self, role_names: tuple[str, ...]) -> Iterator[Selection]:
         """What was kept of each image."""
         row, notes = 0, iter(self.picks.notes)
-        for tiles, tokens in self.layout.images():
-            grids, count = self.layout.grids[tiles], sum(self.picks.counts[tiles])
+        for (tiles, tokens), count in zip(self.layout.images(), self.announced):
+            grids = self.layout.grids[tiles]
             indices = self.picks.indices[row : row + count]
             if self.picks.fills:
                 indices = indices[indices >= 0]

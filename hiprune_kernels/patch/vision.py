@@ -193,14 +193,14 @@ def _regions(run: Run, states: Tensor) -> Tensor:
 
 def _tile_indices(run: Run) -> Tensor:
     """Kept tokens of each tile, [B, K] counted within the tile; -1 fills."""
-    indices, counts = run.picks.indices, list(run.picks.counts)
+    indices = run.picks.indices
     tiles, size = len(run.layout.grids), run.layout.sizes[0]
     if tiles == 1:
         return indices[None]
     starts = torch.arange(0, tiles * size, size, device=indices.device)[:, None]
     if run.picks.even:
         return indices.view(tiles, -1) - starts
-    indices = pad_sequence(list(indices.split(counts)), batch_first=True, padding_value=-1)
+    indices = pad_sequence(list(indices.split(run.picks.host_counts())), batch_first=True, padding_value=-1)
     return torch.where(indices < 0, indices, indices - starts)
 
 

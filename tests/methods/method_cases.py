@@ -259,7 +259,7 @@ def of_images(picks, layout: TokenLayout) -> list[tuple[Tensor, Tensor]]:
     """Indices without fill, counted within the image, and roles, of each image."""
     found, row = [], 0
     for tiles, tokens in layout.images():
-        count = sum(picks.counts[tiles])
+        count = sum(picks.host_counts()[tiles])
         indices = picks.indices[row : row + count]
         found.append((indices[indices >= 0] - tokens.start, picks.roles[tokens]))
         row += count

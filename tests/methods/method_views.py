@@ -141,13 +141,13 @@ def of_images(picks: Picks, layout: TokenLayout) -> list[dict[int, int]]:
     """What is kept of each image: token, counted in T, -> role."""
     found, row = [], 0
     for tiles, tokens in layout.images():
-        count = sum(picks.counts[tiles])
+        count = sum(picks.host_counts()[tiles])
         indices = [index for index in picks.indices[row : row + count].tolist() if index >= 0]
         roles = picks.roles[tokens].tolist()
         assert indices == [tokens.start + i for i, role in enumerate(roles) if role]
         found.append({index: roles[index - tokens.start] for index in indices})
         row += count
-    assert row == len(picks.indices) and next(reversed([0, *picks.counts])) >= 0
+    assert row == len(picks.indices) and next(reversed([0, *picks.host_counts()])) >= 0
     return found
 
 
@@ -156,12 +156,12 @@ def selected(method: Method, seen: Seen) -> list[dict[int, int]]:
     layout = seen.layout
     picks = method.select(seen)
     bare = TokenLayout(layout.grids, layout.tiles, candidate_counts=layout.candidate_counts, thumbnail=layout.thumbnail)
-    assert method.kept(bare) == [sum(picks.counts[tiles]) for tiles, _ in layout.images()]
+    assert method.kept(bare) == [sum(picks.host_counts()[tiles]) for tiles, _ in layout.images()]
     assert picks.indices.dtype == torch.int64 and picks.roles.dtype == torch.uint8
-    assert all(type(count) is int and count >= 0 for count in picks.counts)
+    assert all(type(count) is int and count >= 0 for count in picks.host_counts())
     assert picks.fills or not bool((picks.indices < 0).any())
     first = 0
-    for own, size in zip(picks.indices.split(list(picks.counts)), layout.sizes):
+    for own, size in zip(picks.indices.split(picks.host_counts()), layout.sizes):
         real = own[own >= 0]
         assert torch.equal(own[: len(real)], real) and bool((real.diff() > 0).all())
         assert bool(((real >= first) & (real < first + size)).all())

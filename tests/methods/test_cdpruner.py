@@ -88,7 +88,8 @@ def reference(method: CDPruner, seen: Seen, relevance: list[Tensor | None] | Non
             q = torch.tensor([quality[t] for t in own], dtype=torch.float64)
             rows = units(seen.features[own])
             if own:
-                kernel = q[:, None] * (rows @ rows.T).fill_diagonal_(1.0) * q
+                own_cosines = rows.norm(dim=1).round()  # 0 of a row of zeros
+                kernel = q[:, None] * (rows @ rows.T).diagonal_scatter(own_cosines) * q
                 kept += [own[i] for i in greedy(kernel, q.tolist(), min(share, size, len(own)))]
         found.append(dict.fromkeys(sorted(kept), 1))
     return found
@@ -105,23 +106,27 @@ def wide(method: CDPruner, layout, encoder=CLIP, seed: int = 0) -> Seen:
 # ------------------------------------------------------------------------------------------------- on random numbers
 
 
+def dpp(features, quality, count: int) -> list[int]:
+    """Of one tile, in the order of choice."""
+    return greedy_dpp(features, quality, layout_of([(1, len(features))]), [count])[1].tolist()
+
+
 def test_by_hand():
     """First 0; then 3, of which .36 - .6^2 / 2 = .18 is its own. Two dimensions have no more, and the first fills up."""
     features = torch.tensor([[1.0, 0], [1, 0], [0, 1], [1, 1]])
     quality = torch.tensor([1.0, 1e-6, 1e-6, 0.6])
-    assert greedy_dpp(features, quality, 3).tolist() == [0, 3, 1]
-    assert greedy_dpp(features, torch.ones(4), 2).tolist() == [0, 2]
-    assert greedy_dpp(features * torch.tensor([[3.0], [1], [9], [0.1]]), quality, 2).tolist() == [0, 3]
-    assert greedy_dpp(features[:2], quality[:2], 0).tolist() == []
+    assert dpp(features, quality, 3) == [0, 3, 1]
+    assert dpp(features, torch.ones(4), 2) == [0, 2]
+    assert dpp(features * torch.tensor([[3.0], [1], [9], [0.1]]), quality, 2) == [0, 3]
 
 
 def test_what_fills_up():
     """Five directions; of what is left the most relevant ones, the lowest of equals, and none twice."""
     features = torch.eye(5).repeat(3, 1)
     quality = torch.tensor([0.5] * 5 + [0.4, 0.4, 0.3, 0.4, 0.4] + [0.25] * 5)
-    assert greedy_dpp(features, quality, 9).tolist() == [0, 1, 2, 3, 4, 5, 6, 8, 9]
-    assert sorted(greedy_dpp(features, quality, 15).tolist()) == list(range(15))
-    assert greedy_dpp(torch.zeros(4, 3), torch.tensor([0.1, 0.4, 0.4, 0.2]), 3).tolist() == [1, 2, 3]
+    assert dpp(features, quality, 9) == [0, 1, 2, 3, 4, 5, 6, 8, 9]
+    assert sorted(dpp(features, quality, 15)) == list(range(15))
+    assert dpp(torch.zeros(4, 3), torch.tensor([0.1, 0.4, 0.4, 0.2]), 3) == [1, 2, 3]
 
 
 @pytest.mark.parametrize("weight", [None, 0.0, 0.5, 0.9])
@@ -242,6 +247,20 @@ def test_wrong_options(options, error, message):
 def test_models(name):
     model, inputs = tiny(name)
     assert_model_prunes(model, CDPruner(retention=0.3), inputs, reference)
+
+
+def test_padding_that_is_taken_out_afterwards():
+    """With `unpad="after"` padding is zero in the language model's space: it has nothing of its own, and comes last."""
+    model, inputs = tiny("llava_next")
+    made = assert_model_prunes(model, CDPruner(retention=0.6), inputs, reference, unpad="after")
+    mixed = []
+    for seen, picks in zip(made.seen, made.picks):
+        padding = seen.features.abs().sum(dim=1) == 0
+        for own in (own for tiles in tiles_of(seen.layout) for own in tiles):
+            kept = picks.roles[own] > 0
+            mixed.append(bool(padding[own].any()) and bool((kept & ~padding[own]).any()))
+            assert not bool((kept & padding[own]).any()) or bool(kept[~padding[own]].all())
+    assert any(mixed)
 
 
 def clip_relevance(model, inputs: dict, text, made) -> list[list[Tensor]]:

@@ -158,7 +158,7 @@ def test_as_many_as_promised_ascending_and_no_padding(case, layout, share):
     method = case.make(retention=share)
     seen = random_seen(method, layout)
     picks, promised = method.select(seen), method.kept(layout)
-    counts = [sum(picks.counts[tiles]) for tiles, _ in layout.images()]
+    counts = [sum(picks.host_counts()[tiles]) for tiles, _ in layout.images()]
     assert counts == promised and len(picks.indices) == sum(promised)
     for (indices, roles), count, (tiles, tokens) in zip(of_images(picks, layout), promised, layout.images()):
         assert bool((indices.diff() > 0).all()) and torch.equal(indices, roles.nonzero()[:, 0])
@@ -166,7 +166,7 @@ def test_as_many_as_promised_ascending_and_no_padding(case, layout, share):
         assert len(indices) == count - (empty if case.cls is not DivPrune else 0)
         if layout.candidates is not None:
             assert bool(layout.candidates[tokens][indices].all())
-    assert picks.fills == bool((picks.indices < 0).any())
+    assert picks.fills or not bool((picks.indices < 0).any())
 
 
 def test_a_second_run_gives_the_same_bits(case, layout):
@@ -270,7 +270,7 @@ def test_one_token_and_all_but_one(case):
         method = case.make(budget=budget)
         seen = random_seen(method, layout)
         picks = selected(method, seen)
-        assert picks.counts in ([budget, budget], (budget, budget))
+        assert picks.host_counts() == [budget, budget]
         assert_same(of_images(picks, layout), [case.expected(method, image) for image in images_of(seen)])
 
 
@@ -353,5 +353,5 @@ def test_what_is_read_decides_when_a_method_runs(needs, with_cls, without):
 
 def test_picks_in_any_order():
     picks = picks_of(torch.tensor([7, 0, 5]), layout_of([(2, 2)], [(2, 2)]))
-    assert picks.indices.tolist() == [0, 5, 7] and list(picks.counts) == [1, 2]
+    assert picks.indices.tolist() == [0, 5, 7] and picks.host_counts() == [1, 2]
     assert picks.roles.tolist() == [1, 0, 0, 0, 0, 1, 0, 1] and not picks.fills and not picks.even

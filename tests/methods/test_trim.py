@@ -227,7 +227,7 @@ def test_a_clip_of_another_width_is_an_error_that_says_so():
 # ---------------------------------------------------------------------------------------------------- on tiny models
 
 
-def assert_trims(model, method: TRIM, inputs: dict, relevance_of) -> None:
+def assert_trims(model, method: TRIM, inputs: dict, relevance_of, **applied) -> None:
     """Rows kept and the mean of the others are of stock hidden states, and go through the stock projector."""
     towers = stock_towers(model, inputs)
 
@@ -250,12 +250,14 @@ def assert_trims(model, method: TRIM, inputs: dict, relevance_of) -> None:
             projected = model.model.multi_modal_projector(torch.stack(stack)[None])[0]
         return own.index_copy(0, torch.tensor(places), projected)
 
-    assert_model_prunes(model, method, inputs, expected, changed)
+    assert_model_prunes(model, method, inputs, expected, changed, **applied)
 
 
 @pytest.mark.parametrize("options", [{"retention": 0.3}, {"budget": 4}, {"budget": 35}])
-@pytest.mark.parametrize("name", ["llava", "llava_next"])
-def test_models(name, options):
+@pytest.mark.parametrize(
+    ("name", "applied"), [("llava", {}), ("llava_next", {}), ("llava_next", {"unpad": "after"})], ids=str
+)
+def test_models(name, applied, options):
     model, inputs, text = tiny_with_clip(name)
     if name == "llava_next":
         inputs = anyres_batch(model, [[5, (40, 90), 7], [2, (96, 50), 3, (96, 90), 80]])
@@ -267,7 +269,7 @@ def test_models(name, options):
             found.append(-(patches @ segments[0]))
         return found
 
-    assert_trims(model, TRIM(**options, text_encoder=text), inputs, relevance)
+    assert_trims(model, TRIM(**options, text_encoder=text), inputs, relevance, **applied)
 
 
 def test_video_llava():

@@ -237,7 +237,7 @@ def test_wrong_options(options, error, message):
 # ---------------------------------------------------------------------------------------------------- on tiny models
 
 
-def assert_merges(model, method, inputs: dict) -> None:
+def assert_merges(model, method, inputs: dict, **options) -> None:
     """CLS and contextual rows from stock hidden states and keys, through the stock projector."""
     towers = stock_towers(model, inputs) if model.config.model_type.startswith(("llava", "video")) else None
 
@@ -258,13 +258,19 @@ def assert_merges(model, method, inputs: dict) -> None:
             stack = stack if project is None else project(stack[None])[0]
         return own.index_copy(0, torch.tensor(places), stack)
 
-    assert_model_prunes(model, method, inputs, reference, changed)
+    assert_model_prunes(model, method, inputs, reference, changed, **options)
 
 
 @pytest.mark.parametrize("name", VLM_CASES)
 def test_models(name):
     model, inputs = tiny(name)
     assert_merges(model, VisionZip(retention=0.3, contextual_share=0.4), inputs)
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_padding_that_is_taken_out_afterwards(name):
+    model, inputs = tiny(name)
+    assert_merges(model, VisionZip(retention=0.3, contextual_share=0.4), inputs, unpad="after")
 
 
 @pytest.mark.parametrize(
