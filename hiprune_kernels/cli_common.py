@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .budget import CLUSTER_SIZES, ROLE_NAMES
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
@@ -17,6 +18,8 @@ from .visualize import optional_import, to_rgb
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+
+Item = TypeVar("Item")
 
 DTYPES = ("float32", "bfloat16", "float16")
 RULES = ("paper", "official", "grid")  # "official" is the released code of the model's family
@@ -138,27 +141,32 @@ def watched(
         then: called with what it saw, which must be finite, and what it picked.
         whole: called with the layout where every token stays, and the method is not asked.
     """
-    cls: Any = type(method)
+    cls = type(method)
 
-    class Watched(cls):
-        def kept(self, layout: TokenLayout) -> list[int]:
-            for tiles, tokens in layout.images():
-                _check_budget(self.budget, tokens.stop - tokens.start, layout.grids[tiles])
-            kept = super().kept(layout)
-            if whole is not None and sum(kept) == sum(layout.sizes):
-                whole(layout)
-            return kept
+    def kept(self: Method, layout: TokenLayout) -> list[int]:
+        for tiles, tokens in layout.images():
+            _check_budget(self.budget, tokens.stop - tokens.start, layout.grids[tiles])
+        kept = cls.kept(self, layout)
+        if whole is not None and sum(kept) == sum(layout.sizes):
+            whole(layout)
+        return kept
 
-        def select(self, seen: Seen) -> Picks:
-            if then is None:  # nothing that takes time: somebody may be measuring
-                return super().select(seen)
-            _check_finite(seen)
-            picks = super().select(seen)
-            then(seen, picks)
-            return picks
+    def select(self: Method, seen: Seen) -> Picks:
+        if then is None:  # nothing that takes time: somebody may be measuring
+            return cls.select(self, seen)
+        _check_finite(seen)
+        picks = cls.select(self, seen)
+        then(seen, picks)
+        return picks
 
-    Watched.__name__ = Watched.__qualname__ = cls.__name__  # errors name the method by its class
-    return Watched(**{option: getattr(method, option) for option in options_of(cls)})
+    return as_subclass(method, kept=kept, select=select)
+
+
+def as_subclass(method: Method, **functions: Callable[..., Any]) -> Method:
+    """The same method, of a class that has these functions in the place of its own; errors name it as before."""
+    cls = type(method)
+    own: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **functions})
+    return own(**{option: getattr(method, option) for option in options_of(cls)})
 
 
 def _check_budget(budget: int | None, tokens: int, grids: tuple[tuple[int, ...], ...]) -> None:
@@ -192,6 +200,25 @@ def progress(text: str) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def tracked(items: Sequence[Item], text: str, *, stderr: bool = True) -> Iterator[Item]:
+    """The items, with a bar over them on a terminal, if rich is there to draw it."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return iter(items)
+    console = Console(stderr=stderr)
+    return iter(track(items, text, console=console, transient=True, disable=not console.is_terminal))
+
+
+def check_directory(option: str, folder: Path) -> None:
+    """Raise ValueError unless files can be written into this directory."""
+    if not folder.is_dir():
+        raise ValueError(f"{option}: there is no directory {str(folder)!r} to write into")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{option}: {str(folder)!r} cannot be written into")
 
 
 def open_image(path: str) -> Image:

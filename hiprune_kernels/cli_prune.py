@@ -26,7 +26,7 @@ from .cli_common import (
     watched,
 )
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
-from .visualize import draw_views, optional_import, plural
+from .visualize import View, draw_views, optional_import, plural
 
 if TYPE_CHECKING:
     import torch
@@ -127,6 +127,7 @@ class Look:
     seen: Seen | None  # None where every token stays, and the method was not asked
     indices: torch.Tensor  # [K] int64 on the CPU, ascending
     roles: torch.Tensor  # [T] uint8 on the CPU
+    notes: Sequence[str] = ()  # what the method says of the image
 
 
 class _Picked(Exception):
@@ -136,8 +137,8 @@ class _Picked(Exception):
         self.layout, self.seen, self.picks = layout, seen, picks
 
 
-def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
-    """Let a method pick from an image, through the patched model, whose forward ends with that.
+def look_at(loaded: LoadedModel, method: Method, image: Image, question: str | None = None) -> Look:
+    """Let a method pick from an image (and a question), through the patched model, whose forward ends with that.
 
     Raises:
         ValueError: if the method cannot be applied, its budget is out of range, or what it reads is not finite.
@@ -158,7 +159,7 @@ def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
     apply_method(model, watched(method, picked, whole))
     try:
         encoder = encoder_of(model)
-        inputs = vision_inputs(model, loaded.processor, image, language=reads_language(encoder))
+        inputs = vision_inputs(model, loaded.processor, image, question, language=reads_language(encoder))
         with torch.inference_mode(), quiet_transformers():
             model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
     except _Picked as end:
@@ -174,13 +175,14 @@ def look_at(loaded: LoadedModel, method: Method, image: Image) -> Look:
     else:
         indices, roles = found.picks.indices.cpu(), found.picks.roles.cpu()
         indices = indices[indices >= 0]
-    return Look(method, encoder.needs, encoder.facts, inputs, layout, found.seen, indices, roles)
+    notes = () if found.picks is None else tuple(found.picks.notes)
+    return Look(method, encoder.needs, encoder.facts, inputs, layout, found.seen, indices, roles, notes)
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting
 
 
-def _candidates(look: Look) -> int:
+def candidates_of(look: Look) -> int:
     """How many tokens there were to choose from."""
     return len(look.roles) if look.layout.candidates is None else int(look.layout.candidates.sum())
 
@@ -204,7 +206,7 @@ def _print_summary(loaded: LoadedModel, look: Look, args: argparse.Namespace, re
         )
     if look.seen is None:
         print("note: the budget is all that there is, so nothing was chosen and no scores were read", file=report)
-    kept = f"{len(look.indices)} of {_candidates(look)} tokens kept"
+    kept = f"{len(look.indices)} of {candidates_of(look)} tokens kept"
     names = look.method.roles
     if isinstance(look.method, HiPrune):
         layers = {"anchor": min(look.needs.scores), "register": max(look.needs.scores)}
@@ -240,7 +242,7 @@ def _as_json(loaded: LoadedModel, look: Look, args: argparse.Namespace, device: 
         "method": next(name for name, cls in METHODS.items() if cls is type(method)),
         "grid": grid,
         "budget": len(look.indices),
-        "tokens": _candidates(look),
+        "tokens": candidates_of(look),
         **options,
     }
     if isinstance(method, HiPrune):
@@ -269,13 +271,18 @@ def _tiles(look: Look) -> list[dict[str, Any]]:
     return tiles
 
 
-def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
+def views_of_look(loaded: LoadedModel, look: Look, image: Image) -> list[View]:
+    """The pictures that the model saw."""
     from .processing import image_processor_of
     from .views import views_of
 
     size = image.height, image.width
     processor = image_processor_of(loaded.processor)
-    views = views_of(look.inputs, look.layout, loaded.model.config, processor, size)
+    return views_of(look.inputs, look.layout, loaded.model.config, processor, size)
+
+
+def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
+    views = views_of_look(loaded, look, image)
     scores, titles = [], ["what the model sees"]
     if look.seen is not None:
         for layer, text in _chosen_by(look).items():
@@ -284,6 +291,6 @@ def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
         if look.seen.text_scores is not None:
             scores.append(look.seen.text_scores)
             titles.append("attention of the text")
-    titles.append(f"{len(look.indices)} of {_candidates(look)} tokens kept")
+    titles.append(f"{len(look.indices)} of {candidates_of(look)} tokens kept")
     roles, candidates = look.method.roles, look.layout.candidates
     return draw_views(views, look.roles, scores, titles=titles, role_names=roles, candidates=candidates)

@@ -65,7 +65,7 @@ class LoadedModel:
 
 def load_model(
     source: str,
-    method: Method,
+    method: Method | Sequence[Method],
     *,
     dtype: torch.dtype | str = torch.float32,
     device: str | torch.device = "cpu",
@@ -79,7 +79,7 @@ def load_model(
     Args:
         source: local directory or hub id of a checkpoint of a type in `hiprune info --models`, or of a CLIP or SigLIP,
             whose vision encoder is taken.
-        method: that will be applied.
+        method: that will be applied; or several, one after the other.
         dtype: of the weights; "auto" is the checkpoint's.
         device: to put them on.
         answers: load all of the model, which is to answer questions. False: of the language model only what the method
@@ -101,16 +101,32 @@ def load_model(
             kind = FAMILIES[config.model_type].kind.name
             raise ValueError(f"model: expected one with a language model, which can answer, got a {kind} in {source!r}")
         auto = AutoModel if text is None else AutoModelForImageTextToText
-        encoder = _shell(auto, config, method)
+        methods = [method] if isinstance(method, Method) else method
+        needs = [_shell(auto, config, each).needs for each in methods]
         if text is not None and not answers:
-            probed = encoder.needs.text_attention
-            text.num_hidden_layers = 1 if probed is None else probed[0]
+            text.num_hidden_layers = max(1 if each.text_attention is None else each.text_attention[0] for each in needs)
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[: text.num_hidden_layers]
         model = _with_weights(auto, source, config=config, local_files_only=local_only, dtype=dtype)
         processor, remark = load_processor(source, config, answers=answers, local_files_only=local_only)
     model = model.eval().requires_grad_(False).to(device=device)
     return LoadedModel(model, processor, source, False, (*remarks, *remark))
+
+
+def refusals(source: str | None, methods: Sequence[Method]) -> list[str | None]:
+    """Why methods cannot be applied to a checkpoint's model, or to the random encoder; None for those that can."""
+    with quiet_transformers():
+        config: Any = CLIP_L_14_336 if source is None else _prunable(source, _config(source, is_local(source)))[0]
+        auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
+        return [_refusal(auto, config, method) for method in methods]
+
+
+def _refusal(auto: Any, config: Any, method: Method) -> str | None:
+    try:
+        _shell(auto, config, method)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def load_clip_text(source: str, model: str | None) -> ClipText:

@@ -56,16 +56,20 @@ class _Look(NamedTuple):
     color: tuple[int, int, int]
     tint: float
     outline: float
+    merged: bool = False  # a cross says that the token is a mean of several
 
 
-def _looks(role_names: Sequence[str]) -> list[_Look]:
+def _looks(role_names: Sequence[str], merged_roles: Sequence[str] = ()) -> list[_Look]:
     """Of role 0, which is dropped, and of each name."""
     if isinstance(role_names, str) or not role_names or not all(isinstance(name, str) for name in role_names):
         raise ValueError(f"role_names: expected the names of roles 1, 2, ..., got {role_names!r}")
     if tuple(role_names) == ROLE_NAMES:
         return [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)]
     colors = (OTHER_COLORS[i % len(OTHER_COLORS)] for i in range(len(role_names)))
-    return [_Look(ROLE_COLORS[0], 0.0, 0.0), *(_Look(color, _OTHER_TINT, _OTHER_OUTLINE) for color in colors)]
+    others = (
+        _Look(color, _OTHER_TINT, _OTHER_OUTLINE, name in merged_roles) for color, name in zip(colors, role_names)
+    )
+    return [_Look(ROLE_COLORS[0], 0.0, 0.0), *others]
 
 
 def optional_import(module: str, extra: str = "images") -> ModuleType:
@@ -217,23 +221,32 @@ def _selection_panel(
         y, x = divmod(index, grid[1])
         left, top, right, bottom = columns[x], rows[y], columns[x + 1], rows[y + 1]
         if role != 0:
-            color, tint, outline = looks[role]
+            color, tint, outline, merged = looks[role]
             token = image.crop((left, top, right, bottom))
             panel.paste(pil.blend(token, pil.new("RGB", token.size, color), tint), (left, top))
             width = max(1, round(min(token.size) * outline))
             draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+            if merged:
+                draw.line((left, top, right - 1, bottom - 1), fill=color, width=width)
+                draw.line((left, bottom - 1, right - 1, top), fill=color, width=width)
         elif empty[index]:
             draw.rectangle((left, top, right - 1, bottom - 1), fill=_PADDING)
     return panel
 
 
 def _selection_legend(
-    roles: Tensor, role_names: Sequence[str] = ROLE_NAMES, padding: Tensor | None = None
+    roles: Tensor,
+    role_names: Sequence[str] = ROLE_NAMES,
+    padding: Tensor | None = None,
+    merged_roles: Sequence[str] = (),
 ) -> list[tuple[Image, str]]:
     pil, looks = optional_import("PIL.Image"), _looks(role_names)
     dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
     empty = 0 if padding is None else int((padding & (roles == 0)).sum())
-    texts = [f"{count} {name if count == 1 else plural(name)}" for name, count in zip(role_names, counts)]
+    texts = [
+        f"{count} {name if count == 1 else plural(name)}{', merged' * (name in merged_roles)}"
+        for name, count in zip(role_names, counts)
+    ]
     shown = [(look.color, text) for look, text in zip(looks[1:], texts)]
     shown.append((looks[0].color, f"{dropped - empty} dropped"))
     if empty:
@@ -436,33 +449,83 @@ def draw_views(
         >>> views = [View(whole, (24, 24)), View(left, (24, 24), (0, 0)), View(right, (24, 24), (0, 1))]
         >>> draw_views(views, roles, role_names=("kept",), titles=("image", "kept tokens")).save("kept.png")
     """
-    views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
-    grids = [view.grid for view in views]
-    total = views[0].grid if len(views) == 1 else (1, sum(map(math.prod, grids)))
-    roles = _checked_roles(roles, total, role_names)
-    maps_of = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
-    padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
+    shown = _Shown(views, candidates)
+    roles = _checked_roles(roles, shown.total, role_names)
+    maps_of = [_checked_scores(f"scores[{i}]", values, shown.total) for i, values in enumerate(scores)]
     if isinstance(titles, str) or len(titles) != len(scores) + 2:
         raise ValueError(f"titles: expected {len(scores) + 2} lines, got {titles!r}")
+    panels = [shown.image, *(shown.heat(values, colormap) for values in maps_of), shown.kept(roles, role_names)]
+    return _figure(panels, titles, shown.width)
 
-    sizes, looks = [math.prod(grid) for grid in grids], _looks(role_names)
-    least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
-    images = [_enlarged(view.image, view.grid, least_cell) for view in views]
-    empty = [None] * len(views) if padding is None else padding.split(sizes)
-    places = [view.place for view in views]
-    seen = _mosaic(images, places)
-    width = max(seen.width, _LEAST_COLUMN)
-    panels = [seen]
-    for values in maps_of:
-        span = _span(values if padding is None else values[~padding])
-        parts = zip(images, values.split(sizes), grids, empty)
-        maps = [_score_panel(image, part, grid, colormap, span, none) for image, part, grid, none in parts]
-        heat = _mosaic(maps, places)
-        panels.append(_with_legend(heat, _score_legend(span, colormap), width))
-    parts = zip(images, roles.split(sizes), grids, empty)
-    kept = _mosaic([_selection_panel(image, part, grid, looks, none) for image, part, grid, none in parts], places)
-    panels.append(_with_legend(kept, _selection_legend(roles, role_names, padding), width))
-    return _figure(panels, titles, width)
+
+def draw_methods(
+    views: Sequence[View],
+    kept: Sequence[tuple[Tensor | Sequence[int], Sequence[str], Sequence[str]]],
+    *,
+    titles: Sequence[str],
+    candidates: Tensor | None = None,
+) -> Image:
+    """What a model sees, and beside it what each of several methods keeps of it, in panels with titles and legends.
+
+    Args:
+        views: as of `draw_views`.
+        kept: of each method the roles [N] of the tokens, the names of its roles 1, 2, ..., and which of them are those
+            of tokens that were merged of others: these get a cross.
+        titles: a line above each panel: the image, and each method.
+        candidates: [N] bool, False for padding; None: all are candidates.
+
+    Returns:
+        A new RGB PIL image, in as many rows as its width asks for.
+
+    Raises:
+        ValueError: if an argument does not fit the views' grids, or titles are missing.
+        TypeError: if an image is not a PIL image.
+        ImportError: if pillow is missing.
+
+    Example:
+        >>> kept = [(hiprune_roles, HiPrune.roles, ()), (zip_roles, VisionZip.roles, VisionZip.merged_roles)]
+        >>> draw_methods([View(image, (24, 24))], kept, titles=("image", "HiPrune", "VisionZip")).save("both.png")
+    """
+    shown = _Shown(views, candidates)
+    if isinstance(titles, str) or len(titles) != len(kept) + 1:
+        raise ValueError(f"titles: expected {len(kept) + 1} lines, got {titles!r}")
+    checked = [(_checked_roles(roles, shown.total, names), names, merged) for roles, names, merged in kept]
+    return _figure([shown.image, *(shown.kept(*each) for each in checked)], titles, shown.width)
+
+
+class _Shown:
+    """The views of one image, and panels of them."""
+
+    def __init__(self, views: Sequence[View], candidates: Tensor | None) -> None:
+        views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
+        self.grids, self.places = [view.grid for view in views], [view.place for view in views]
+        self.sizes = [math.prod(grid) for grid in self.grids]
+        self.total = self.grids[0] if len(views) == 1 else (1, sum(self.sizes))
+        self.padding = None if candidates is None else ~_checked_tokens("candidates", candidates, self.total).bool()
+        least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
+        self.images = [_enlarged(view.image, view.grid, least_cell) for view in views]
+        self.image = _mosaic(self.images, self.places)
+        self.width = max(self.image.width, _LEAST_COLUMN)
+
+    def heat(self, scores: Tensor, colormap: str) -> Image:
+        span = _span(scores if self.padding is None else scores[~self.padding])
+        maps = [
+            _score_panel(image, part, grid, colormap, span, empty)
+            for image, part, grid, empty in zip(self.images, scores.split(self.sizes), self.grids, self._empty())
+        ]
+        return _with_legend(_mosaic(maps, self.places), _score_legend(span, colormap), self.width)
+
+    def kept(self, roles: Tensor, role_names: Sequence[str], merged_roles: Sequence[str] = ()) -> Image:
+        looks = _looks(role_names, merged_roles)
+        panels = [
+            _selection_panel(image, part, grid, looks, empty)
+            for image, part, grid, empty in zip(self.images, roles.split(self.sizes), self.grids, self._empty())
+        ]
+        legend = _selection_legend(roles, role_names, self.padding, merged_roles)
+        return _with_legend(_mosaic(panels, self.places), legend, self.width)
+
+    def _empty(self) -> Sequence[Tensor | None]:
+        return [None] * len(self.sizes) if self.padding is None else self.padding.split(self.sizes)
 
 
 def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -> Image:
@@ -496,6 +559,8 @@ def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image
     row = len(panels) * width
     fits = len(panels) < 4 or (row <= _WIDEST_ROW and row <= _FLATTEST_ROW * panels[0].height)
     columns = len(panels) if fits else math.ceil(len(panels) / 2)
+    while columns > 3 and columns * width > 1.5 * _WIDEST_ROW:
+        columns -= 1
     margin = max(round(width / 32), 6) if width <= 1000 else 32
     size = min(max(width / 26, 13), 34)
     size = min(_fitting(size, width, functools.partial(_text_length, title)) for title in titles)
