@@ -39,6 +39,7 @@ SECTIONS = {  # most important first
     "attention": Section(0.22, 25.0),
     "encoder": Section(0.11, 25.0),
     "selection": Section(0.03, 10.0),
+    "operators": Section(0.04, 15.0),
     "llava": Section(0.24, 40.0),
     "paths": Section(0.09, 20.0),
     "sanitizer": Section(0.10, 30.0),

@@ -26,6 +26,7 @@ POISONED = 3  # exit status: the case was reported, another process must go on
 CASES = {  # section -> module and function that list its cases
     "attention": ("attention", "cases"),
     "selection": ("selection", "cases"),
+    "operators": ("operators", "cases"),
     "encoder": ("encoder", "cases"),
     "llava": ("llava", "cases"),
     "paths": ("paths", "path_cases"),

@@ -7,9 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-MODULES = (
-    "attention conductor context encoder floors gpu_tests llava models report sanitizer selection timing ways worker"
-)
+MODULES = "attention conductor context encoder floors gpu_tests llava models operators report sanitizer selection timing ways worker"
 
 
 @pytest.fixture(scope="session")

@@ -492,6 +492,22 @@ def test_a_wrong_selection_is_not_timed(suite, context, monkeypatch):
     assert rows[2]["failure"] == "ValueError: no"
 
 
+def test_operators_section(suite, context):
+    found = run_section(suite, context, "operators", list(suite.operators.OPERATORS))
+    assert len(found) == 8
+    for name, rows in found.items():
+        assert [row["way"] for row in rows] == list(suite.operators.OPERATORS[name].ways)
+        assert all(row.get("us", 0) > 0 for row in rows), (name, rows)
+
+
+def test_a_wrong_operator_is_not_timed(suite, context, monkeypatch):
+    name, operator = next(iter(suite.operators.OPERATORS.items()))
+    ways = {"ours": operator.ways["ours"], "torch loop": lambda *inputs: operator.ways["ours"](*inputs).flip(-1)}
+    monkeypatch.setitem(suite.operators.OPERATORS, name, operator._replace(ways=ways))
+    (rows,) = run_section(suite, context, "operators", [name]).values()
+    assert "us" in rows[0] and rows[1]["failure"].startswith("wrong: ") and "us" not in rows[1]
+
+
 def test_encoder_section(suite, context):
     (rows,) = run_section(suite, context, "encoder", ["CLIP-L/14-336 B=2"]).values()
     ways = {row["way"]: row for row in rows}

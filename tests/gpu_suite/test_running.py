@@ -472,8 +472,8 @@ def test_a_case_in_one_line(suite):
 @pytest.mark.parametrize(
     ("arguments", "sections"),
     [
-        ([], "tests attention encoder selection llava paths sanitizer"),
-        (["--tune", "--skip-tests"], "attention encoder selection llava paths sanitizer tune"),
+        ([], "tests attention encoder selection operators llava paths sanitizer"),
+        (["--tune", "--skip-tests"], "attention encoder selection operators llava paths sanitizer tune"),
         (["--only", "paths", "attention"], "attention paths"),
         (["--only", "paths", "--tune"], "paths tune"),
     ],
