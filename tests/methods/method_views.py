@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterator
 from unittest import mock
 
+import pytest
 import torch
 import transformers
 from models import VIDEO_TOKEN, VLM_CASES
@@ -350,6 +351,8 @@ def assert_logits(model, found: Tensor, rows: list[_Row], inputs: dict) -> None:
 
 def generated(model, inputs: dict, **options) -> list[list[int]]:
     """The tokens that `generate` adds."""
+    if options.get("num_beams", 1) > 1 and transformers.__version__ < "5.18":
+        pytest.skip("beams of transformers before 5.18 take images of a batch for those of others; all before passed")
     sequences = model.generate(**inputs, **_options(model), **options)
     return sequences[:, inputs["input_ids"].shape[1] :].tolist()
 
