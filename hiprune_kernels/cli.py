@@ -1,4 +1,4 @@
-"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `run IMAGE QUESTION`, `demo`.
+"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `compare IMAGE...`, `run IMAGE QUESTION`, `demo`.
 
 Exit codes: 0 done, 1 an error nobody foresaw, 2 wrong input, 3 `check` found something wrong, 130 interrupted. Errors
 are one line on stderr; `--debug` shows the traceback instead. What takes long to import is imported by the command that
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_prune, cli_run
+from . import __version__, cli_compare, cli_prune, cli_run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="Visual-token pruning: answers, pictures, kernels, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,run,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,compare,run,demo}")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
@@ -47,6 +47,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
     cli_prune.add_arguments(prune)
+    compare = commands.add_parser("compare", parents=[common], help="what several methods keep, side by side")
+    cli_compare.add_arguments(compare)
     run = commands.add_parser(
         "run", parents=[common], help="answer a question about an image from a part of its tokens"
     )

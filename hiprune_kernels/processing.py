@@ -181,15 +181,18 @@ def _image_mark(model: PreTrainedModel, processor: Any) -> str:
     return marks[0]
 
 
-def vision_inputs(model: PreTrainedModel, processor: Any, image: Image, *, language: bool) -> dict[str, Any]:
+def vision_inputs(
+    model: PreTrainedModel, processor: Any, image: Image, *, language: bool, question: str = _DESCRIBE
+) -> dict[str, Any]:
     """A model's inputs for one image, with a short prompt where the model takes one.
 
     Args:
         language: whether the language model's features will be looked at, for which the prompt must be right. Without a
             tokenizer it is the image alone.
+        question: about the image, where there is a tokenizer.
     """
     if answers_text(processor):
-        return prompt_inputs(model, processor, image, _DESCRIBE)
+        return prompt_inputs(model, processor, image, question)
     with quiet_transformers():
         inputs = dict(processor(images=[image], return_tensors="pt"))
     if model.config.model_type == "vjepa2":  # a still

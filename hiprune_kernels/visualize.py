@@ -56,16 +56,21 @@ class _Look(NamedTuple):
     color: tuple[int, int, int]
     tint: float
     outline: float
+    hatched: bool = False  # another row stands in the token's place
 
 
-def _looks(role_names: Sequence[str]) -> list[_Look]:
+def _looks(role_names: Sequence[str], merged: Sequence[str] = ()) -> list[_Look]:
     """Of role 0, which is dropped, and of each name."""
     if isinstance(role_names, str) or not role_names or not all(isinstance(name, str) for name in role_names):
         raise ValueError(f"role_names: expected the names of roles 1, 2, ..., got {role_names!r}")
-    if tuple(role_names) == ROLE_NAMES:
-        return [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)]
-    colors = (OTHER_COLORS[i % len(OTHER_COLORS)] for i in range(len(role_names)))
-    return [_Look(ROLE_COLORS[0], 0.0, 0.0), *(_Look(color, _OTHER_TINT, _OTHER_OUTLINE) for color in colors)]
+    if tuple(role_names[: len(ROLE_NAMES)]) == ROLE_NAMES:  # HiPrune's, and those that HiPrune++ has besides
+        looks, more = [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)], role_names[len(ROLE_NAMES) :]
+    else:
+        looks, more = [_Look(ROLE_COLORS[0], 0.0, 0.0)], role_names
+    for i, name in enumerate(more):
+        color = OTHER_COLORS[i % len(OTHER_COLORS)]
+        looks.append(_Look(color, _OTHER_TINT, _OTHER_OUTLINE, hatched=name in merged))
+    return looks
 
 
 def optional_import(module: str, extra: str = "images") -> ModuleType:
@@ -217,33 +222,57 @@ def _selection_panel(
         y, x = divmod(index, grid[1])
         left, top, right, bottom = columns[x], rows[y], columns[x + 1], rows[y + 1]
         if role != 0:
-            color, tint, outline = looks[role]
+            color, tint, outline, _ = looks[role]
             token = image.crop((left, top, right, bottom))
             panel.paste(pil.blend(token, pil.new("RGB", token.size, color), tint), (left, top))
             width = max(1, round(min(token.size) * outline))
             draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
+            if looks[role].hatched:
+                _hatch(panel, (left, top, right, bottom), color)
         elif empty[index]:
             draw.rectangle((left, top, right - 1, bottom - 1), fill=_PADDING)
     return panel
 
 
+def _hatch(panel: Image, box: tuple[int, int, int, int], color: tuple[int, int, int]) -> None:
+    """Diagonal lines over a token."""
+    left, top, right, bottom = box
+    size = right - left, bottom - top
+    step = max(4, round(min(size) / 3))
+    y, x = np.mgrid[: size[1], : size[0]]
+    lines = ((x + y) % step < max(1, round(step / 4))).astype(np.uint8) * 255
+    panel.paste(color, (left, top), optional_import("PIL.Image").fromarray(lines))
+
+
+def _swatch(look: _Look) -> Image:
+    pil = optional_import("PIL.Image")
+    if not look.hatched:
+        return pil.new("RGB", (8, 8), look.color)
+    swatch = pil.new("RGB", (24, 24), tuple(channel // 3 for channel in look.color))
+    _hatch(swatch, (0, 0, 24, 24), look.color)
+    return swatch
+
+
 def _selection_legend(
-    roles: Tensor, role_names: Sequence[str] = ROLE_NAMES, padding: Tensor | None = None
+    roles: Tensor,
+    role_names: Sequence[str] = ROLE_NAMES,
+    padding: Tensor | None = None,
+    merged: Sequence[str] = (),
 ) -> list[tuple[Image, str]]:
-    pil, looks = optional_import("PIL.Image"), _looks(role_names)
+    pil, looks = optional_import("PIL.Image"), _looks(role_names, merged)
     dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
     empty = 0 if padding is None else int((padding & (roles == 0)).sum())
     texts = [f"{count} {name if count == 1 else plural(name)}" for name, count in zip(role_names, counts)]
-    shown = [(look.color, text) for look, text in zip(looks[1:], texts)]
-    shown.append((looks[0].color, f"{dropped - empty} dropped"))
+    shown = [(_swatch(look), text) for look, text in zip(looks[1:], texts)]
+    shown.append((_swatch(looks[0]), f"{dropped - empty} dropped"))
     if empty:
-        shown.append((_PADDING, f"{empty} padding"))
-    return [(pil.new("RGB", (8, 8), color), text) for color, text in shown]
+        shown.append((pil.new("RGB", (8, 8), _PADDING), f"{empty} padding"))
+    return shown
 
 
 def plural(role: str) -> str:
-    """A role's name for several tokens: registers, but kept."""
-    return role if role.endswith(("ed", "s", "kept")) else f"{role}s"
+    """A role's name for several tokens: registers, but kept, dominant or like the text."""
+    return f"{role}s" if role in ROLE_NAMES else role
 
 
 def _span(scores: Tensor) -> tuple[float, float]:
@@ -408,6 +437,7 @@ def draw_views(
     titles: Sequence[str],
     role_names: Sequence[str] = ROLE_NAMES,
     candidates: Tensor | None = None,
+    merged: Sequence[str] = (),
     colormap: str = "inferno",
 ) -> Image:
     """What a model sees, the scores that a method read, and the kept tokens, in panels with titles and legends.
@@ -422,6 +452,7 @@ def draw_views(
         titles: a line above each panel: the image, each of the scores, and the kept tokens.
         role_names: the method's.
         candidates: [N] bool, False for padding, which no method may keep; None: all are.
+        merged: which of the role names are hatched, as other rows stand there: `Method.merged_roles`.
         colormap: name of a matplotlib colormap.
 
     Returns:
@@ -436,18 +467,14 @@ def draw_views(
         >>> views = [View(whole, (24, 24)), View(left, (24, 24), (0, 0)), View(right, (24, 24), (0, 1))]
         >>> draw_views(views, roles, role_names=("kept",), titles=("image", "kept tokens")).save("kept.png")
     """
-    views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
+    views, total, images, padding = _prepared(views, candidates)
     grids = [view.grid for view in views]
-    total = views[0].grid if len(views) == 1 else (1, sum(map(math.prod, grids)))
     roles = _checked_roles(roles, total, role_names)
     maps_of = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
-    padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
     if isinstance(titles, str) or len(titles) != len(scores) + 2:
         raise ValueError(f"titles: expected {len(scores) + 2} lines, got {titles!r}")
 
-    sizes, looks = [math.prod(grid) for grid in grids], _looks(role_names)
-    least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
-    images = [_enlarged(view.image, view.grid, least_cell) for view in views]
+    sizes = [math.prod(grid) for grid in grids]
     empty = [None] * len(views) if padding is None else padding.split(sizes)
     places = [view.place for view in views]
     seen = _mosaic(images, places)
@@ -459,10 +486,76 @@ def draw_views(
         maps = [_score_panel(image, part, grid, colormap, span, none) for image, part, grid, none in parts]
         heat = _mosaic(maps, places)
         panels.append(_with_legend(heat, _score_legend(span, colormap), width))
-    parts = zip(images, roles.split(sizes), grids, empty)
-    kept = _mosaic([_selection_panel(image, part, grid, looks, none) for image, part, grid, none in parts], places)
-    panels.append(_with_legend(kept, _selection_legend(roles, role_names, padding), width))
+    panels.append(_kept_panel(images, views, roles, role_names, merged, padding, width))
     return _figure(panels, titles, width)
+
+
+def draw_methods(
+    views: Sequence[View],
+    selections: Sequence[tuple[Tensor | Sequence[int], Sequence[str], Sequence[str]]],
+    *,
+    titles: Sequence[str],
+    candidates: Tensor | None = None,
+) -> Image:
+    """What a model sees, and beside it the tokens that each of several methods keeps of it.
+
+    Args:
+        views: as of `draw_views`.
+        selections: of each method the roles [N], the names of its roles, and which of them are merged.
+        titles: a line above each panel: the image, and each method.
+        candidates: [N] bool, False for padding; None: all are.
+
+    Returns:
+        A new RGB PIL image: panels in as many rows as make it no wider than can be looked at.
+
+    Raises:
+        ValueError: if roles do not fit the views' grids, or titles are missing.
+        TypeError: if an image is not a PIL image.
+        ImportError: if pillow is missing.
+
+    Example:
+        >>> views, kept = [View(image, (24, 24))], [(roles, ("kept",), ()), (other_roles, ("kept",), ())]
+        >>> draw_methods(views, kept, titles=("image", "FasterVLM", "DivPrune")).save("both.png")
+    """
+    if isinstance(titles, str) or len(titles) != len(selections) + 1:
+        raise ValueError(f"titles: expected {len(selections) + 1} lines, got {titles!r}")
+    views, total, images, padding = _prepared(views, candidates)
+    panels = [_mosaic(images, [view.place for view in views])]
+    width = max(panels[0].width, _LEAST_COLUMN)
+    for roles, role_names, merged in selections:
+        checked = _checked_roles(roles, total, role_names)
+        panels.append(_kept_panel(images, views, checked, role_names, merged, padding, width))
+    return _figure(panels, titles, width)
+
+
+def _prepared(
+    views: Sequence[View], candidates: Tensor | None
+) -> tuple[list[View], tuple[int, int], list[Image], Tensor | None]:
+    """Checked views, the grid of all their tokens, their images large enough, and what is padding."""
+    views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
+    total = views[0].grid if len(views) == 1 else (1, sum(math.prod(view.grid) for view in views))
+    least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
+    images = [_enlarged(view.image, view.grid, least_cell) for view in views]
+    padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
+    return views, total, images, padding
+
+
+def _kept_panel(
+    images: Sequence[Image],
+    views: Sequence[View],
+    roles: Tensor,
+    role_names: Sequence[str],
+    merged: Sequence[str],
+    padding: Tensor | None,
+    width: int,
+) -> Image:
+    """The kept tokens of all views, with a legend."""
+    sizes, looks = [math.prod(view.grid) for view in views], _looks(role_names, merged)
+    empty = [None] * len(views) if padding is None else padding.split(sizes)
+    parts = zip(images, roles.split(sizes), views, empty)
+    panels = [_selection_panel(image, part, view.grid, looks, none) for image, part, view, none in parts]
+    kept = _mosaic(panels, [view.place for view in views])
+    return _with_legend(kept, _selection_legend(roles, role_names, padding, merged), width)
 
 
 def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -> Image:
@@ -491,11 +584,11 @@ def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -
 
 
 def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image:
-    """Panels of at most this width in one row or two, a title above each."""
+    """Panels of at most this width in as few rows as are not too wide, a title above each."""
     pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
-    row = len(panels) * width
-    fits = len(panels) < 4 or (row <= _WIDEST_ROW and row <= _FLATTEST_ROW * panels[0].height)
-    columns = len(panels) if fits else math.ceil(len(panels) / 2)
+    columns, widest = len(panels), min(_WIDEST_ROW, _FLATTEST_ROW * panels[0].height)
+    while columns > 3 and columns * width > widest:
+        columns = math.ceil(len(panels) / (math.ceil(len(panels) / columns) + 1))
     margin = max(round(width / 32), 6) if width <= 1000 else 32
     size = min(max(width / 26, 13), 34)
     size = min(_fitting(size, width, functools.partial(_text_length, title)) for title in titles)

@@ -264,6 +264,7 @@ class Method:
             images of their own (InternVL).
         original_positions: whether kept tokens and the text keep the position ids that they have among all tokens; else
             they move up, but for models whose positions tell places in images.
+        merged_roles: names of the roles whose rows `merge` puts others in the place of.
         guaranteed: whether what this class's `select` returns is right by construction. What other classes return is
             checked, which waits for the device.
 
@@ -284,6 +285,7 @@ class Method:
     retention: float | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("kept",)
+    merged_roles: ClassVar[tuple[str, ...]] = ()
     whole_images: ClassVar[bool] = False
     original_positions: ClassVar[bool] = False
     guaranteed: ClassVar[bool] = False

@@ -34,6 +34,7 @@ class TRIM(Method):
     text_encoder: ClipText | None = None
 
     roles: ClassVar[tuple[str, ...]] = ("mean of the others", "like the text")
+    merged_roles: ClassVar[tuple[str, ...]] = ("mean of the others",)
     whole_images: ClassVar[bool] = True
     guaranteed: ClassVar[bool] = True
 
