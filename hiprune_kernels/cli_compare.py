@@ -36,6 +36,7 @@ from .visualize import draw_methods, optional_import
 if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
+    from transformers import PreTrainedModel
 
     from .loading import LoadedModel
 
@@ -284,12 +285,12 @@ def _compared(
         step()
     unpruned, times = Times(), [Times() for _ in entries]
     if args.rounds:
-        _timed_forward(loaded, None, inputs, Times(), False)  # the methods have warmed up
+        timed_forward(loaded.model, None, inputs, Times())  # the methods have warmed up
     for _ in range(args.rounds):
-        _timed_forward(loaded, None, inputs, unpruned, False)
+        timed_forward(loaded.model, None, inputs, unpruned)
         step()
         for entry, look, own in zip(entries, looks, times):
-            _timed_forward(loaded, entry.method, inputs, own, look.seen is not None)
+            timed_forward(loaded.model, entry.method, inputs, own, asked=look.seen is not None)
             step()
     found = Compared(path, image, looks, unpruned, times, picture)
     if picture is not None:
@@ -303,25 +304,41 @@ class _Reached(Exception):
     """Ends a forward: the language model's layers would begin."""
 
 
-def _timed_forward(
-    loaded: LoadedModel, method: Method | None, inputs: dict[str, Any], times: Times, selects: bool
+def timed_forward(
+    model: PreTrainedModel,
+    method: Method | None,
+    inputs: dict[str, Any],
+    times: Times,
+    *,
+    asked: bool = True,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> None:
-    """Time a forward up to the language model's first layer; `selects` tells that the method will be asked."""
+    """Time a forward up to the language model's first layer, where that begins; of a bare encoder, all of it.
+
+    Args:
+        model: stock; the method is applied, and taken off again, outside the time.
+        method: None: none.
+        inputs: of the model's forward.
+        times: what this adds to.
+        asked: whether the method will be asked to select, which it is not where nothing has to go.
+        clock: in seconds.
+    """
     import torch
 
     from .patch import applied
     from .processing import quiet_transformers
 
-    model = loaded.model
     spent: list[float] = []
 
     def now() -> float:
         if model.device.type == "cuda":
             torch.cuda.synchronize(model.device)
-        return time.perf_counter()
+        return clock()
 
     def reached(module: Any, arguments: Any) -> None:
-        if spent or not selects:  # else the layer reads the whole prompt for the method, which is then asked
+        if (
+            spent or method is None or not asked
+        ):  # else the layer reads the whole prompt for the method, which is then asked
             raise _Reached
 
     with contextlib.ExitStack() as stack:
@@ -334,7 +351,7 @@ def _timed_forward(
             stack.callback(layer.register_forward_pre_hook(reached).remove)
         begun = now()
         with contextlib.suppress(_Reached):
-            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
+            model(**(inputs | {"use_cache": False} if "input_ids" in inputs else inputs))
         times.vision.append(now() - begun)
         times.selection.append(sum(spent))
 

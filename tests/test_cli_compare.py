@@ -153,15 +153,15 @@ def test_many_panels_make_rows():
 def test_times_of_all_methods_in_one_run(capsys, saved, pictures, monkeypatch):
     """The forward ends where the language model would begin, also of methods that run its layers to read them."""
     ran = []
-    forward = cli_compare._timed_forward
+    forward = cli_compare.timed_forward
 
-    def noted(loaded, method, inputs, times, selects):
-        layers = loaded.model.model.language_model.layers
+    def noted(model, method, *args, **options):
+        layers = model.model.language_model.layers
         handle = layers[-1].mlp.register_forward_hook(lambda *_: ran.append(type(method).__name__))
-        forward(loaded, method, inputs, times, selects)
+        forward(model, method, *args, **options)
         handle.remove()
 
-    monkeypatch.setattr(cli_compare, "_timed_forward", noted)
+    monkeypatch.setattr(cli_compare, "timed_forward", noted)
     asked = ["--methods", "hiprune,visionzip,fastv,ptp:alpha=0", "--budget", "12", "--rounds", "3"]
     found = compare_json(capsys, pictures[0], "--model", saved("llava"), *asked)
     assert set(ran) == {"FastV"} and len(ran) == 3
