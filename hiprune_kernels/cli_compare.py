@@ -538,6 +538,7 @@ def _as_json(
         "random_weights": loaded.random,
         "dtype": args.dtype,
         "device": args.device,
+        "question": args.question,
         "rounds": args.rounds,
         "budget": entries[0].method.budget,
         "retention": entries[0].method.retention,

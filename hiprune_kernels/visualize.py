@@ -31,7 +31,7 @@ _BACKGROUND, _TEXT, _PADDING = (18, 18, 23), (236, 236, 240), (56, 42, 66)
 _LEAST_CELL = 28  # pixels; small images are enlarged until a token's outline and its content are both visible
 _LEAST_CELL_OF_TILES = 14  # there are many
 _LEAST_COLUMN = 176  # pixels; of a figure, so that titles and legends can be read beside narrow images
-_WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into two rows
+_WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into more rows
 _SMALLEST_FONT = 8
 
 
@@ -263,7 +263,7 @@ def _selection_legend(
     dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
     empty = 0 if padding is None else int((padding & (roles == 0)).sum())
     texts = [f"{count} {name if count == 1 else plural(name)}" for name, count in zip(role_names, counts)]
-    shown = [(_swatch(look), text) for look, text in zip(looks[1:], texts)]
+    shown = [(_swatch(look), text) for look, text, count in zip(looks[1:], texts, counts) if count]
     shown.append((_swatch(looks[0]), f"{dropped - empty} dropped"))
     if empty:
         shown.append((pil.new("RGB", (8, 8), _PADDING), f"{empty} padding"))
@@ -586,9 +586,10 @@ def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -
 def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image:
     """Panels of at most this width in as few rows as are not too wide, a title above each."""
     pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
-    columns, widest = len(panels), min(_WIDEST_ROW, _FLATTEST_ROW * panels[0].height)
-    while columns > 3 and columns * width > widest:
-        columns = math.ceil(len(panels) / (math.ceil(len(panels) / columns) + 1))
+    columns, rows_of_panels = len(panels), 1
+    while columns > 3 and columns * width > min(_WIDEST_ROW, _FLATTEST_ROW * rows_of_panels * panels[0].height):
+        rows_of_panels += 1
+        columns = math.ceil(len(panels) / rows_of_panels)
     margin = max(round(width / 32), 6) if width <= 1000 else 32
     size = min(max(width / 26, 13), 34)
     size = min(_fitting(size, width, functools.partial(_text_length, title)) for title in titles)
