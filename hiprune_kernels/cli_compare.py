@@ -204,7 +204,7 @@ def _entries(args: argparse.Namespace) -> list[Entry]:
                 same = f"{other.label} and {entry.label}" if entry.label != other.label else f"{entry.label} twice"
                 raise ValueError(f"methods: expected each method once, got {same}")
     if args.text_encoder is not None and not any("text_encoder" in options_of(type(e.method)) for e in entries):
-        raise ValueError(f"text-encoder: none of {', '.join(labels)} takes one")
+        raise ValueError(f"text-encoder: expected a method that takes one, got {args.methods}")
     return entries
 
 

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from checkpoints import photograph, save
+from checkpoints import photograph, save, save_clip
 from cli_helpers import error_of
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText
@@ -226,6 +226,18 @@ def test_options_of_single_methods(capsys, saved, pictures):
     assert options[3]["seed"] == 7 and options[4]["additive"] is True
     roles = found["images"][0]["methods"][specs[1]]["roles"]
     assert 3 not in roles and 1 in roles
+
+
+def test_a_text_encoder_is_for_those_that_take_one(capsys, folder, saved, pictures):
+    asked = [pictures[0], "--model", saved("llava"), "--budget", "12", "--rounds", "1", "--methods"]
+    clip = ["--text-encoder", str(save_clip(folder / "clip", saved("llava")))]
+    found = compare_json(capsys, *asked, "hiprune,trim,cdpruner", *clip)["images"][0]["methods"]
+    assert sorted(set(found["trim"]["roles"])) == [0, 1, 2] and found["trim"]["selection_ms"] > 0
+    without = compare_json(capsys, *asked, "hiprune,cdpruner")["images"][0]["methods"]
+    assert found["hiprune"]["indices"] == without["hiprune"]["indices"]
+    assert found["cdpruner"]["indices"] != without["cdpruner"]["indices"]
+    message = error_of(capsys, "compare", *asked, "hiprune,ptp", *clip, "--out", "x.png")
+    assert "text-encoder: expected a method that takes one, got hiprune,ptp" in message
 
 
 def test_a_question_is_asked(capsys, saved, pictures):
