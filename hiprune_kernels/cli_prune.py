@@ -27,7 +27,7 @@ from .cli_common import (
     watched,
 )
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
-from .visualize import draw_views, optional_import, plural
+from .visualize import counted, draw_views, optional_import
 
 if TYPE_CHECKING:
     import torch
@@ -228,7 +228,7 @@ def _print_summary(loaded: LoadedModel, look: Look, args: argparse.Namespace, re
     if len(names) > 1:
         counts = look.roles.long().bincount(minlength=len(names) + 1).tolist()[1:]
         places = {name: f" (layer {layer})" for name, layer in layers.items()}
-        kept += ": " + ", ".join(f"{n} {plural(name)}{places.get(name, '')}" for name, n in zip(names, counts))
+        kept += ": " + ", ".join(counted(name, n) + places.get(name, "") for name, n in zip(names, counts) if n)
     print(kept, file=report)
     if look.layout.grids[1:]:
         print(f"the image is cut into {len(look.layout.grids)} views: {shapes_of(look.layout)} tokens", file=report)

@@ -262,7 +262,7 @@ def _selection_legend(
     pil, looks = optional_import("PIL.Image"), _looks(role_names, merged)
     dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
     empty = 0 if padding is None else int((padding & (roles == 0)).sum())
-    texts = [f"{count} {name if count == 1 else plural(name)}" for name, count in zip(role_names, counts)]
+    texts = [counted(name, count) for name, count in zip(role_names, counts)]
     shown = [(_swatch(look), text) for look, text, count in zip(looks[1:], texts, counts) if count]
     shown.append((_swatch(looks[0]), f"{dropped - empty} dropped"))
     if empty:
@@ -270,9 +270,9 @@ def _selection_legend(
     return shown
 
 
-def plural(role: str) -> str:
-    """A role's name for several tokens: registers, but kept, dominant or like the text."""
-    return f"{role}s" if role in ROLE_NAMES else role
+def counted(role: str, count: int) -> str:
+    """How many tokens have a role: 1 register, 2 registers, but 2 kept, or dominant, or like the text."""
+    return f"{count} {role}{'s' * (count != 1 and role in ROLE_NAMES)}"
 
 
 def _span(scores: Tensor) -> tuple[float, float]:
