@@ -127,7 +127,7 @@ def measure(rounds: int) -> list[tuple[str, ...]]:
     for name, method in every.items():
         vision, selection = (1e3 * statistics.median(part) for part in (times[name].vision, times[name].selection))
         probed = needs_of(method, model).text_attention
-        share = f"{100 * selection / stock_ms:.2f} %"
+        share = f"{100 * selection / stock_ms:.2f} %".replace("0.00 %", "< 0.01 %")
         layers = "" if probed is None else str(probed[0])
         table.append((name, f"{vision:.0f}", f"{vision / stock_ms:.2f}", f"{selection:.2f}", share, layers))
     return table
