@@ -152,7 +152,7 @@ def main() -> None:
             "Methods on the CPU: the vision side of LLaVA-1.5-7B (CLIP-L/14-336, 576 tokens, 192 kept, float32), one "
             "thread, "
             f"medians of {args.rounds} rounds of processor time, by `python -m bench.bench_methods_cpu --write`. "
-            f"{found['platform']}; {found['devices'][0]}; torch {found['versions']['torch']}."
+            f"{found['devices'][0]}; torch {found['versions']['torch']}."
         )
         RESULTS.write_text("\n".join([head, "", *lines, ""]))
         print(f"wrote {RESULTS}")
