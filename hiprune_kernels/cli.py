@@ -1,5 +1,4 @@
-"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `run IMAGE QUESTION`, `compare IMAGE...`,
-`demo`.
+"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `compare IMAGE...`, `run IMAGE QUESTION`, `demo`.
 
 Exit codes: 0 done, 1 an error nobody foresaw, 2 wrong input, 3 `check` found something wrong, 130 interrupted. Errors
 are one line on stderr; `--debug` shows the traceback instead. What takes long to import is imported by the command that
@@ -15,12 +14,11 @@ import shlex
 import sys
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from . import __version__, cli_compare, cli_prune, cli_run
-from .cli_common import tracked
 
 
 class _Parser(argparse.ArgumentParser):
@@ -31,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="Visual-token pruning: answers, pictures, kernels, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,run,compare,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,compare,run,demo}")
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
@@ -49,15 +47,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     prune = commands.add_parser("prune", parents=[common], help="choose an image's tokens and draw them")
     cli_prune.add_arguments(prune)
+    compare = commands.add_parser("compare", parents=[common], help="what several methods keep, side by side")
+    cli_compare.add_arguments(compare)
     run = commands.add_parser(
         "run", parents=[common], help="answer a question about an image from a part of its tokens"
     )
     cli_run.add_arguments(run)
-
-    compare = commands.add_parser(
-        "compare", parents=[common], help="what several methods keep of images, side by side, and what they cost"
-    )
-    cli_compare.add_arguments(compare)
 
     demo = commands.add_parser("demo", parents=[common], help="measure and draw HiPrune on real photographs")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: out/demo")
@@ -181,7 +176,7 @@ def _check(args: argparse.Namespace) -> int:
             raise ValueError(f"model_type: expected one of {', '.join(FAMILIES)}, got {model_type!r}")
     model_types, wrong = args.model_types or list(FAMILIES), 0
     print(f"tiny random models, patched, against stock code of transformers {transformers.__version__}")
-    for model_type in tracked(model_types, "checking", stderr=False):
+    for model_type in _with_progress(model_types):
         started = time.perf_counter()
         verdict = check_model(model_type)
         seconds = time.perf_counter() - started
@@ -189,6 +184,17 @@ def _check(args: argparse.Namespace) -> int:
         print(f"  {model_type:<24} {verdict.difference or 'right'}  ({seconds:.1f} s)", flush=True)
     print(f"{len(model_types) - wrong} of {len(model_types)} right")
     return 3 if wrong else 0
+
+
+def _with_progress(items: Sequence[str]) -> Iterator[str]:
+    """The items, with a bar over them on a terminal, if rich is there to draw it."""
+    try:
+        from rich.console import Console
+        from rich.progress import track
+    except ImportError:
+        return iter(items)
+    console = Console()
+    return iter(track(items, "checking", console=console, transient=True, disable=not console.is_terminal))
 
 
 # ---------------------------------------------------------------------------------------------------------------- demo

@@ -1,4 +1,4 @@
-"""What `hiprune prune` and `hiprune run` share: options of methods, pictures from disk, and how a method is watched."""
+"""What `hiprune prune`, `run` and `compare` share: options of methods, pictures from disk, how a method is watched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from .budget import CLUSTER_SIZES, ROLE_NAMES
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-Item = TypeVar("Item")
-
 DTYPES = ("float32", "bfloat16", "float16")
 RULES = ("paper", "official", "grid")  # "official" is the released code of the model's family
 _AMOUNT = ("budget", "retention")
 _SEED = "seed"  # also of random weights
+_TEXT_ENCODER = "text_encoder"  # is loaded
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 _DESCRIBED: dict[str, dict[str, Any]] = {  # option of some method -> what argparse is told of it
     "alpha": {"help": "share of anchors and buffers; PTP: weight of the instruction; HiRED: the thumbnail's share"},
@@ -102,13 +102,51 @@ def method_of(args: argparse.Namespace) -> Method:
         if option not in own:
             flag = option.replace("_", "-")
             raise ValueError(f"{flag}: {cls.__name__} has no such option; it has {', '.join(own).replace('_', '-')}")
-    if "text_encoder" in given:
+    if _TEXT_ENCODER in given:
         from .loading import load_clip_text
 
-        given["text_encoder"] = load_clip_text(given["text_encoder"], args.model)
+        given[_TEXT_ENCODER] = load_clip_text(given[_TEXT_ENCODER], args.model)
     if not any(option in given for option in _AMOUNT):
         given["retention"] = 1 / 3
     return cls(**given)
+
+
+def method_from(text: str, given: dict[str, Any]) -> Method:
+    """A method as `--methods` has it, NAME or NAME:OPTION=VALUE:OPTION=VALUE, with `given` options where it has them.
+
+    Raises:
+        ValueError: for an unknown name or option, or a value that is out of range.
+    """
+    name, *settings = text.split(":")
+    if name not in METHODS:
+        raise ValueError(f"methods: expected names among {', '.join(METHODS)}, got {name!r}")
+    cls = METHODS[name]
+    options: dict[str, Any] = {}
+    own = [option for option in options_of(cls) if option not in (*_AMOUNT, _TEXT_ENCODER)]
+    for setting in settings:
+        option, equals, value = setting.partition("=")
+        option = option.replace("-", "_")
+        if not equals or option not in own:
+            raise ValueError(
+                f"methods: expected {name}:OPTION=VALUE with an option among {', '.join(own) or 'none'}, got {text!r}"
+            )
+        options[option] = _parsed(cls, option, value, text)
+    options |= {option: value for option, value in given.items() if option in options_of(cls)}
+    try:
+        return cls(**options)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"methods: {text}: {error}") from error
+
+
+def _parsed(cls: type[Method], option: str, value: str, text: str) -> Any:
+    if _DESCRIBED.get(option, {}).get("nargs"):
+        return tuple(value.split("+"))
+    kind = _type_of(cls, option).get("type", {"true": True, "false": False}.__getitem__)
+    try:
+        return kind(value)
+    except (ValueError, KeyError) as error:
+        wanted = kind.__name__ if isinstance(kind, type) else "true or false"
+        raise ValueError(f"methods: {text}: {option}: expected {wanted}, got {value!r}") from error
 
 
 def has_random_weights(args: argparse.Namespace) -> bool:
@@ -141,32 +179,27 @@ def watched(
         then: called with what it saw, which must be finite, and what it picked.
         whole: called with the layout where every token stays, and the method is not asked.
     """
-    cls = type(method)
+    cls: Any = type(method)
 
-    def kept(self: Method, layout: TokenLayout) -> list[int]:
-        for tiles, tokens in layout.images():
-            _check_budget(self.budget, tokens.stop - tokens.start, layout.grids[tiles])
-        kept = cls.kept(self, layout)
-        if whole is not None and sum(kept) == sum(layout.sizes):
-            whole(layout)
-        return kept
+    class Watched(cls):
+        def kept(self, layout: TokenLayout) -> list[int]:
+            for tiles, tokens in layout.images():
+                _check_budget(self.budget, tokens.stop - tokens.start, layout.grids[tiles])
+            kept = super().kept(layout)
+            if whole is not None and sum(kept) == sum(layout.sizes):
+                whole(layout)
+            return kept
 
-    def select(self: Method, seen: Seen) -> Picks:
-        if then is None:  # nothing that takes time: somebody may be measuring
-            return cls.select(self, seen)
-        _check_finite(seen)
-        picks = cls.select(self, seen)
-        then(seen, picks)
-        return picks
+        def select(self, seen: Seen) -> Picks:
+            if then is None:  # nothing that takes time: somebody may be measuring
+                return super().select(seen)
+            _check_finite(seen)
+            picks = super().select(seen)
+            then(seen, picks)
+            return picks
 
-    return as_subclass(method, kept=kept, select=select)
-
-
-def as_subclass(method: Method, **functions: Callable[..., Any]) -> Method:
-    """The same method, of a class that has these functions in the place of its own; errors name it as before."""
-    cls = type(method)
-    own: Any = type(cls.__name__, (cls,), {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **functions})
-    return own(**{option: getattr(method, option) for option in options_of(cls)})
+    Watched.__name__ = Watched.__qualname__ = cls.__name__  # errors name the method by its class
+    return Watched(**{option: getattr(method, option) for option in options_of(cls)})
 
 
 def _check_budget(budget: int | None, tokens: int, grids: tuple[tuple[int, ...], ...]) -> None:
@@ -189,6 +222,42 @@ def _check_finite(seen: Seen) -> None:
 # ------------------------------------------------------------------------------------- images, devices and progress
 
 
+def check_writable(option: str, path: Path, suffixes: Sequence[str]) -> None:
+    """Raise ValueError unless a file of this name can be written."""
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise ValueError(f"{option}: expected a name that ends in {', '.join(suffixes)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: there is no directory {str(path.parent)!r} to write {path.name!r} into")
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option}: {str(path)!r} cannot be written")
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write to, which takes its place at the end: nothing half-written is ever there."""
+    beside = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def progress_bar(steps: int, text: str) -> Iterator[Callable[[], None]]:
+    """A bar on a terminal's stderr, if rich is there to draw it; what it gives is called once a step."""
+    try:
+        from rich.console import Console
+        from rich.progress import Progress
+    except ImportError:
+        yield lambda: None
+        return
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(text, total=steps)
+        yield lambda: bar.advance(task)
+
+
 @contextlib.contextmanager
 def progress(text: str) -> Iterator[None]:
     """A line on a terminal's stderr, which goes away at the end."""
@@ -200,25 +269,6 @@ def progress(text: str) -> Iterator[None]:
     finally:
         if shown:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def tracked(items: Sequence[Item], text: str, *, stderr: bool = True) -> Iterator[Item]:
-    """The items, with a bar over them on a terminal, if rich is there to draw it."""
-    try:
-        from rich.console import Console
-        from rich.progress import track
-    except ImportError:
-        return iter(items)
-    console = Console(stderr=stderr)
-    return iter(track(items, text, console=console, transient=True, disable=not console.is_terminal))
-
-
-def check_directory(option: str, folder: Path) -> None:
-    """Raise ValueError unless files can be written into this directory."""
-    if not folder.is_dir():
-        raise ValueError(f"{option}: there is no directory {str(folder)!r} to write into")
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{option}: {str(folder)!r} cannot be written into")
 
 
 def open_image(path: str) -> Image:

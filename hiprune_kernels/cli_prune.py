@@ -10,14 +10,15 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from .cli_common import (
     DTYPES,
+    PICTURES,
     add_method_options,
+    check_writable,
     checked_device,
     has_random_weights,
     method_of,
@@ -26,7 +27,7 @@ from .cli_common import (
     watched,
 )
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
-from .visualize import View, draw_views, optional_import, plural
+from .visualize import counted, draw_views, optional_import
 
 if TYPE_CHECKING:
     import torch
@@ -75,9 +76,9 @@ def prune_image(args: argparse.Namespace) -> None:
     picture = args.out or Path(f"{Path(args.image).stem}.hiprune.png")
     if wants_picture:
         optional_import("matplotlib")  # rather now than after the work
-        _check_writable("out", picture, (".png", ".jpg", ".jpeg", ".webp"))
+        check_writable("out", picture, PICTURES)
     if args.json not in (None, "-"):
-        _check_writable("json", Path(args.json), ())
+        check_writable("json", Path(args.json), ())
 
     import torch
 
@@ -105,13 +106,6 @@ def prune_image(args: argparse.Namespace) -> None:
         print(f"wrote {picture}", file=report)
 
 
-def _check_writable(option: str, path: Path, suffixes: Sequence[str]) -> None:
-    if suffixes and path.suffix.lower() not in suffixes:
-        raise ValueError(f"{option}: expected a name that ends in {', '.join(suffixes)}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: there is no directory {str(path.parent)!r} to write {path.name!r} into")
-
-
 # ------------------------------------------------------------------------------------------------------------- looking
 
 
@@ -127,7 +121,7 @@ class Look:
     seen: Seen | None  # None where every token stays, and the method was not asked
     indices: torch.Tensor  # [K] int64 on the CPU, ascending
     roles: torch.Tensor  # [T] uint8 on the CPU
-    notes: Sequence[str] = ()  # what the method says of the image
+    note: str  # what the method says of this image
 
 
 class _Picked(Exception):
@@ -137,8 +131,14 @@ class _Picked(Exception):
         self.layout, self.seen, self.picks = layout, seen, picks
 
 
-def look_at(loaded: LoadedModel, method: Method, image: Image, question: str | None = None) -> Look:
-    """Let a method pick from an image (and a question), through the patched model, whose forward ends with that.
+def look_at(loaded: LoadedModel, method: Method, image: Image, inputs: dict[str, Any] | None = None) -> Look:
+    """Let a method pick from an image, through the patched model, whose forward ends with that.
+
+    Args:
+        loaded: the model.
+        method: which is applied, and taken off again.
+        image: to pick from.
+        inputs: what the processor made of it, by `vision_inputs`. None: made here.
 
     Raises:
         ValueError: if the method cannot be applied, its budget is out of range, or what it reads is not finite.
@@ -159,24 +159,33 @@ def look_at(loaded: LoadedModel, method: Method, image: Image, question: str | N
     apply_method(model, watched(method, picked, whole))
     try:
         encoder = encoder_of(model)
-        inputs = vision_inputs(model, loaded.processor, image, question, language=reads_language(encoder))
+        made = inputs or vision_inputs(model, loaded.processor, image, language=reads_language(encoder))
         with torch.inference_mode(), quiet_transformers():
-            model(**inputs, **({"use_cache": False} if "input_ids" in inputs else {}))
+            model(**made, **({"use_cache": False} if "input_ids" in made else {}))
     except _Picked as end:
         found = end
     finally:
         remove_method(model)
     if found is None:
         raise RuntimeError(f"model: the forward of {type(model).__name__} ended before the method was asked")
-    layout = found.layout
+    layout, notes = found.layout, () if found.picks is None else found.picks.notes
     if found.picks is None:
         indices = torch.arange(sum(layout.sizes))
         roles = torch.full((len(indices),), len(method.roles), dtype=torch.uint8)
     else:
         indices, roles = found.picks.indices.cpu(), found.picks.roles.cpu()
         indices = indices[indices >= 0]
-    notes = () if found.picks is None else tuple(found.picks.notes)
-    return Look(method, encoder.needs, encoder.facts, inputs, layout, found.seen, indices, roles, notes)
+    return Look(
+        method,
+        encoder.needs,
+        encoder.facts,
+        made,
+        layout,
+        found.seen,
+        indices,
+        roles,
+        "; ".join(dict.fromkeys(filter(None, notes))),
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- reporting
@@ -206,6 +215,8 @@ def _print_summary(loaded: LoadedModel, look: Look, args: argparse.Namespace, re
         )
     if look.seen is None:
         print("note: the budget is all that there is, so nothing was chosen and no scores were read", file=report)
+    if look.note:
+        print(f"note: {look.note}", file=report)
     kept = f"{len(look.indices)} of {candidates_of(look)} tokens kept"
     names = look.method.roles
     if isinstance(look.method, HiPrune):
@@ -217,13 +228,13 @@ def _print_summary(loaded: LoadedModel, look: Look, args: argparse.Namespace, re
     if len(names) > 1:
         counts = look.roles.long().bincount(minlength=len(names) + 1).tolist()[1:]
         places = {name: f" (layer {layer})" for name, layer in layers.items()}
-        kept += ": " + ", ".join(f"{n} {plural(name)}{places.get(name, '')}" for name, n in zip(names, counts))
+        kept += ": " + ", ".join(counted(name, n) + places.get(name, "") for name, n in zip(names, counts) if n)
     print(kept, file=report)
     if look.layout.grids[1:]:
-        print(f"the image is cut into {len(look.layout.grids)} views: {_shapes(look.layout)} tokens", file=report)
+        print(f"the image is cut into {len(look.layout.grids)} views: {shapes_of(look.layout)} tokens", file=report)
 
 
-def _shapes(layout: TokenLayout) -> str:
+def shapes_of(layout: TokenLayout) -> str:
     shapes = dict.fromkeys(" x ".join(map(str, grid)) for grid in layout.grids)
     return " and ".join(shapes)
 
@@ -271,18 +282,13 @@ def _tiles(look: Look) -> list[dict[str, Any]]:
     return tiles
 
 
-def views_of_look(loaded: LoadedModel, look: Look, image: Image) -> list[View]:
-    """The pictures that the model saw."""
+def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
     from .processing import image_processor_of
     from .views import views_of
 
     size = image.height, image.width
     processor = image_processor_of(loaded.processor)
-    return views_of(look.inputs, look.layout, loaded.model.config, processor, size)
-
-
-def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
-    views = views_of_look(loaded, look, image)
+    views = views_of(look.inputs, look.layout, loaded.model.config, processor, size)
     scores, titles = [], ["what the model sees"]
     if look.seen is not None:
         for layer, text in _chosen_by(look).items():
@@ -293,4 +299,12 @@ def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
             titles.append("attention of the text")
     titles.append(f"{len(look.indices)} of {candidates_of(look)} tokens kept")
     roles, candidates = look.method.roles, look.layout.candidates
-    return draw_views(views, look.roles, scores, titles=titles, role_names=roles, candidates=candidates)
+    return draw_views(
+        views,
+        look.roles,
+        scores,
+        titles=titles,
+        role_names=roles,
+        candidates=candidates,
+        merged=look.method.merged_roles,
+    )

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from .methods import ClipText, Method, Stage
-from .patch import FAMILIES, apply_method
+from .methods import ClipText, Method, Needs, Stage
+from .patch import FAMILIES, applied
 from .patch.call import PATCH, PatchedEncoder
 from .patch.edits import StockModule
 from .patch.encoders import find_encoder
@@ -79,7 +79,7 @@ def load_model(
     Args:
         source: local directory or hub id of a checkpoint of a type in `hiprune info --models`, or of a CLIP or SigLIP,
             whose vision encoder is taken.
-        method: that will be applied; or several, one after the other.
+        method: that will be applied, or several, one after the other.
         dtype: of the weights; "auto" is the checkpoint's.
         device: to put them on.
         answers: load all of the model, which is to answer questions. False: of the language model only what the method
@@ -94,6 +94,7 @@ def load_model(
         >>> apply_method(loaded.model, HiPrune(budget=192))
     """
     local_only = is_local(source)
+    methods = [method] if isinstance(method, Method) else method
     with quiet_transformers(bars=sys.stderr.isatty()):
         config, remarks = _prunable(source, _config(source, local_only))
         text = getattr(config, "text_config", None)
@@ -101,32 +102,16 @@ def load_model(
             kind = FAMILIES[config.model_type].kind.name
             raise ValueError(f"model: expected one with a language model, which can answer, got a {kind} in {source!r}")
         auto = AutoModel if text is None else AutoModelForImageTextToText
-        methods = [method] if isinstance(method, Method) else method
-        needs = [_shell(auto, config, each).needs for each in methods]
+        shell = _shell(auto, config)
+        probed = [_needs_of(shell, each).text_attention for each in methods]
         if text is not None and not answers:
-            text.num_hidden_layers = max(1 if each.text_attention is None else each.text_attention[0] for each in needs)
+            text.num_hidden_layers = max(1 if layer is None else layer[0] for layer in probed)
             if getattr(text, "layer_types", None):
                 text.layer_types = text.layer_types[: text.num_hidden_layers]
         model = _with_weights(auto, source, config=config, local_files_only=local_only, dtype=dtype)
         processor, remark = load_processor(source, config, answers=answers, local_files_only=local_only)
     model = model.eval().requires_grad_(False).to(device=device)
     return LoadedModel(model, processor, source, False, (*remarks, *remark))
-
-
-def refusals(source: str | None, methods: Sequence[Method]) -> list[str | None]:
-    """Why methods cannot be applied to a checkpoint's model, or to the random encoder; None for those that can."""
-    with quiet_transformers():
-        config: Any = CLIP_L_14_336 if source is None else _prunable(source, _config(source, is_local(source)))[0]
-        auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
-        return [_refusal(auto, config, method) for method in methods]
-
-
-def _refusal(auto: Any, config: Any, method: Method) -> str | None:
-    try:
-        _shell(auto, config, method)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def load_clip_text(source: str, model: str | None) -> ClipText:
@@ -176,11 +161,38 @@ def _prunable(source: str, config: Any) -> tuple[Any, list[str]]:
     return config, ["of a CLIP by itself the features of the last layer but one are taken, as LLaVA does"]
 
 
-def _shell(auto: Any, config: Any, method: Method) -> PatchedEncoder:
-    """Apply the method to a model without weights."""
+def refusals(source: str, methods: Sequence[Method]) -> list[str]:
+    """Of each method why it cannot be applied to a checkpoint's model, "" where it can; no weights are loaded.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is of another type.
+    """
+    with quiet_transformers():
+        config, _ = _prunable(source, _config(source, is_local(source)))
+        auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
+        shell = _shell(auto, config)
+    return [refusal(shell, method) for method in methods]
+
+
+def refusal(model: PreTrainedModel, method: Method) -> str:
+    """Why a method cannot be applied to a model; "" where it can."""
+    try:
+        _needs_of(model, method)
+    except (ValueError, TypeError) as error:
+        return str(error)
+    return ""
+
+
+def _shell(auto: Any, config: Any) -> PreTrainedModel:
+    """A model without weights."""
     with torch.device("meta"):
-        model = auto.from_config(copy.deepcopy(config))
-    return encoder_of(apply_method(model.eval(), method))
+        return auto.from_config(copy.deepcopy(config)).eval()
+
+
+def _needs_of(model: PreTrainedModel, method: Method) -> Needs:
+    """What a method reads of a model, to which it is applied for that, and taken off again."""
+    with applied(model, method):
+        return encoder_of(model).needs
 
 
 # ---------------------------------------------------------------------------------------------- a CLIP vision encoder

@@ -182,17 +182,17 @@ def _image_mark(model: PreTrainedModel, processor: Any) -> str:
 
 
 def vision_inputs(
-    model: PreTrainedModel, processor: Any, image: Image, question: str | None = None, *, language: bool
+    model: PreTrainedModel, processor: Any, image: Image, *, language: bool, question: str = _DESCRIBE
 ) -> dict[str, Any]:
-    """A model's inputs for one image, with a prompt where the model takes one.
+    """A model's inputs for one image, with a short prompt where the model takes one.
 
     Args:
-        question: of the prompt; None is a short one.
         language: whether the language model's features will be looked at, for which the prompt must be right. Without a
             tokenizer it is the image alone.
+        question: about the image, where there is a tokenizer.
     """
     if answers_text(processor):
-        return prompt_inputs(model, processor, image, _DESCRIBE if question is None else question)
+        return prompt_inputs(model, processor, image, question)
     with quiet_transformers():
         inputs = dict(processor(images=[image], return_tensors="pt"))
     if model.config.model_type == "vjepa2":  # a still

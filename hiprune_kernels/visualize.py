@@ -31,7 +31,7 @@ _BACKGROUND, _TEXT, _PADDING = (18, 18, 23), (236, 236, 240), (56, 42, 66)
 _LEAST_CELL = 28  # pixels; small images are enlarged until a token's outline and its content are both visible
 _LEAST_CELL_OF_TILES = 14  # there are many
 _LEAST_COLUMN = 176  # pixels; of a figure, so that titles and legends can be read beside narrow images
-_WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into two rows
+_WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into more rows
 _SMALLEST_FONT = 8
 
 
@@ -56,20 +56,21 @@ class _Look(NamedTuple):
     color: tuple[int, int, int]
     tint: float
     outline: float
-    merged: bool = False  # a cross says that the token is a mean of several
+    hatched: bool = False  # another row stands in the token's place
 
 
-def _looks(role_names: Sequence[str], merged_roles: Sequence[str] = ()) -> list[_Look]:
+def _looks(role_names: Sequence[str], merged: Sequence[str] = ()) -> list[_Look]:
     """Of role 0, which is dropped, and of each name."""
     if isinstance(role_names, str) or not role_names or not all(isinstance(name, str) for name in role_names):
         raise ValueError(f"role_names: expected the names of roles 1, 2, ..., got {role_names!r}")
-    if tuple(role_names) == ROLE_NAMES:
-        return [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)]
-    colors = (OTHER_COLORS[i % len(OTHER_COLORS)] for i in range(len(role_names)))
-    others = (
-        _Look(color, _OTHER_TINT, _OTHER_OUTLINE, name in merged_roles) for color, name in zip(colors, role_names)
-    )
-    return [_Look(ROLE_COLORS[0], 0.0, 0.0), *others]
+    if tuple(role_names[: len(ROLE_NAMES)]) == ROLE_NAMES:  # HiPrune's, and those that HiPrune++ has besides
+        looks, more = [_Look(*look) for look in zip(ROLE_COLORS, _TINTS, _OUTLINES)], role_names[len(ROLE_NAMES) :]
+    else:
+        looks, more = [_Look(ROLE_COLORS[0], 0.0, 0.0)], role_names
+    for i, name in enumerate(more):
+        color = OTHER_COLORS[i % len(OTHER_COLORS)]
+        looks.append(_Look(color, _OTHER_TINT, _OTHER_OUTLINE, hatched=name in merged))
+    return looks
 
 
 def optional_import(module: str, extra: str = "images") -> ModuleType:
@@ -221,42 +222,57 @@ def _selection_panel(
         y, x = divmod(index, grid[1])
         left, top, right, bottom = columns[x], rows[y], columns[x + 1], rows[y + 1]
         if role != 0:
-            color, tint, outline, merged = looks[role]
+            color, tint, outline, _ = looks[role]
             token = image.crop((left, top, right, bottom))
             panel.paste(pil.blend(token, pil.new("RGB", token.size, color), tint), (left, top))
             width = max(1, round(min(token.size) * outline))
             draw.rectangle((left, top, right - 1, bottom - 1), outline=color, width=width)
-            if merged:
-                draw.line((left, top, right - 1, bottom - 1), fill=color, width=width)
-                draw.line((left, bottom - 1, right - 1, top), fill=color, width=width)
+            if looks[role].hatched:
+                _hatch(panel, (left, top, right, bottom), color)
         elif empty[index]:
             draw.rectangle((left, top, right - 1, bottom - 1), fill=_PADDING)
     return panel
+
+
+def _hatch(panel: Image, box: tuple[int, int, int, int], color: tuple[int, int, int]) -> None:
+    """Diagonal lines over a token."""
+    left, top, right, bottom = box
+    size = right - left, bottom - top
+    step = max(4, round(min(size) / 3))
+    y, x = np.mgrid[: size[1], : size[0]]
+    lines = ((x + y) % step < max(1, round(step / 4))).astype(np.uint8) * 255
+    panel.paste(color, (left, top), optional_import("PIL.Image").fromarray(lines))
+
+
+def _swatch(look: _Look) -> Image:
+    pil = optional_import("PIL.Image")
+    if not look.hatched:
+        return pil.new("RGB", (8, 8), look.color)
+    swatch = pil.new("RGB", (24, 24), tuple(channel // 3 for channel in look.color))
+    _hatch(swatch, (0, 0, 24, 24), look.color)
+    return swatch
 
 
 def _selection_legend(
     roles: Tensor,
     role_names: Sequence[str] = ROLE_NAMES,
     padding: Tensor | None = None,
-    merged_roles: Sequence[str] = (),
+    merged: Sequence[str] = (),
 ) -> list[tuple[Image, str]]:
-    pil, looks = optional_import("PIL.Image"), _looks(role_names)
+    pil, looks = optional_import("PIL.Image"), _looks(role_names, merged)
     dropped, *counts = torch.bincount(roles.long(), minlength=len(looks)).tolist()
     empty = 0 if padding is None else int((padding & (roles == 0)).sum())
-    texts = [
-        f"{count} {name if count == 1 else plural(name)}{', merged' * (name in merged_roles)}"
-        for name, count in zip(role_names, counts)
-    ]
-    shown = [(look.color, text) for look, text in zip(looks[1:], texts)]
-    shown.append((looks[0].color, f"{dropped - empty} dropped"))
+    texts = [counted(name, count) for name, count in zip(role_names, counts)]
+    shown = [(_swatch(look), text) for look, text, count in zip(looks[1:], texts, counts) if count]
+    shown.append((_swatch(looks[0]), f"{dropped - empty} dropped"))
     if empty:
-        shown.append((_PADDING, f"{empty} padding"))
-    return [(pil.new("RGB", (8, 8), color), text) for color, text in shown]
+        shown.append((pil.new("RGB", (8, 8), _PADDING), f"{empty} padding"))
+    return shown
 
 
-def plural(role: str) -> str:
-    """A role's name for several tokens: registers, but kept."""
-    return role if role.endswith(("ed", "s", "kept")) else f"{role}s"
+def counted(role: str, count: int) -> str:
+    """How many tokens have a role: 1 register, 2 registers, but 2 kept, or dominant, or like the text."""
+    return f"{count} {role}{'s' * (count != 1 and role in ROLE_NAMES)}"
 
 
 def _span(scores: Tensor) -> tuple[float, float]:
@@ -421,6 +437,7 @@ def draw_views(
     titles: Sequence[str],
     role_names: Sequence[str] = ROLE_NAMES,
     candidates: Tensor | None = None,
+    merged: Sequence[str] = (),
     colormap: str = "inferno",
 ) -> Image:
     """What a model sees, the scores that a method read, and the kept tokens, in panels with titles and legends.
@@ -435,6 +452,7 @@ def draw_views(
         titles: a line above each panel: the image, each of the scores, and the kept tokens.
         role_names: the method's.
         candidates: [N] bool, False for padding, which no method may keep; None: all are.
+        merged: which of the role names are hatched, as other rows stand there: `Method.merged_roles`.
         colormap: name of a matplotlib colormap.
 
     Returns:
@@ -449,83 +467,95 @@ def draw_views(
         >>> views = [View(whole, (24, 24)), View(left, (24, 24), (0, 0)), View(right, (24, 24), (0, 1))]
         >>> draw_views(views, roles, role_names=("kept",), titles=("image", "kept tokens")).save("kept.png")
     """
-    shown = _Shown(views, candidates)
-    roles = _checked_roles(roles, shown.total, role_names)
-    maps_of = [_checked_scores(f"scores[{i}]", values, shown.total) for i, values in enumerate(scores)]
+    views, total, images, padding = _prepared(views, candidates)
+    grids = [view.grid for view in views]
+    roles = _checked_roles(roles, total, role_names)
+    maps_of = [_checked_scores(f"scores[{i}]", values, total) for i, values in enumerate(scores)]
     if isinstance(titles, str) or len(titles) != len(scores) + 2:
         raise ValueError(f"titles: expected {len(scores) + 2} lines, got {titles!r}")
-    panels = [shown.image, *(shown.heat(values, colormap) for values in maps_of), shown.kept(roles, role_names)]
-    return _figure(panels, titles, shown.width)
+
+    sizes = [math.prod(grid) for grid in grids]
+    empty = [None] * len(views) if padding is None else padding.split(sizes)
+    places = [view.place for view in views]
+    seen = _mosaic(images, places)
+    width = max(seen.width, _LEAST_COLUMN)
+    panels = [seen]
+    for values in maps_of:
+        span = _span(values if padding is None else values[~padding])
+        parts = zip(images, values.split(sizes), grids, empty)
+        maps = [_score_panel(image, part, grid, colormap, span, none) for image, part, grid, none in parts]
+        heat = _mosaic(maps, places)
+        panels.append(_with_legend(heat, _score_legend(span, colormap), width))
+    panels.append(_kept_panel(images, views, roles, role_names, merged, padding, width))
+    return _figure(panels, titles, width)
 
 
 def draw_methods(
     views: Sequence[View],
-    kept: Sequence[tuple[Tensor | Sequence[int], Sequence[str], Sequence[str]]],
+    selections: Sequence[tuple[Tensor | Sequence[int], Sequence[str], Sequence[str]]],
     *,
     titles: Sequence[str],
     candidates: Tensor | None = None,
 ) -> Image:
-    """What a model sees, and beside it what each of several methods keeps of it, in panels with titles and legends.
+    """What a model sees, and beside it the tokens that each of several methods keeps of it.
 
     Args:
         views: as of `draw_views`.
-        kept: of each method the roles [N] of the tokens, the names of its roles 1, 2, ..., and which of them are those
-            of tokens that were merged of others: these get a cross.
+        selections: of each method the roles [N], the names of its roles, and which of them are merged.
         titles: a line above each panel: the image, and each method.
-        candidates: [N] bool, False for padding; None: all are candidates.
+        candidates: [N] bool, False for padding; None: all are.
 
     Returns:
-        A new RGB PIL image, in as many rows as its width asks for.
+        A new RGB PIL image: panels in as many rows as make it no wider than can be looked at.
 
     Raises:
-        ValueError: if an argument does not fit the views' grids, or titles are missing.
+        ValueError: if roles do not fit the views' grids, or titles are missing.
         TypeError: if an image is not a PIL image.
         ImportError: if pillow is missing.
 
     Example:
-        >>> kept = [(hiprune_roles, HiPrune.roles, ()), (zip_roles, VisionZip.roles, VisionZip.merged_roles)]
-        >>> draw_methods([View(image, (24, 24))], kept, titles=("image", "HiPrune", "VisionZip")).save("both.png")
+        >>> views, kept = [View(image, (24, 24))], [(roles, ("kept",), ()), (other_roles, ("kept",), ())]
+        >>> draw_methods(views, kept, titles=("image", "FasterVLM", "DivPrune")).save("both.png")
     """
-    shown = _Shown(views, candidates)
-    if isinstance(titles, str) or len(titles) != len(kept) + 1:
-        raise ValueError(f"titles: expected {len(kept) + 1} lines, got {titles!r}")
-    checked = [(_checked_roles(roles, shown.total, names), names, merged) for roles, names, merged in kept]
-    return _figure([shown.image, *(shown.kept(*each) for each in checked)], titles, shown.width)
+    if isinstance(titles, str) or len(titles) != len(selections) + 1:
+        raise ValueError(f"titles: expected {len(selections) + 1} lines, got {titles!r}")
+    views, total, images, padding = _prepared(views, candidates)
+    panels = [_mosaic(images, [view.place for view in views])]
+    width = max(panels[0].width, _LEAST_COLUMN)
+    for roles, role_names, merged in selections:
+        checked = _checked_roles(roles, total, role_names)
+        panels.append(_kept_panel(images, views, checked, role_names, merged, padding, width))
+    return _figure(panels, titles, width)
 
 
-class _Shown:
-    """The views of one image, and panels of them."""
+def _prepared(
+    views: Sequence[View], candidates: Tensor | None
+) -> tuple[list[View], tuple[int, int], list[Image], Tensor | None]:
+    """Checked views, the grid of all their tokens, their images large enough, and what is padding."""
+    views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
+    total = views[0].grid if len(views) == 1 else (1, sum(math.prod(view.grid) for view in views))
+    least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
+    images = [_enlarged(view.image, view.grid, least_cell) for view in views]
+    padding = None if candidates is None else ~_checked_tokens("candidates", candidates, total).bool()
+    return views, total, images, padding
 
-    def __init__(self, views: Sequence[View], candidates: Tensor | None) -> None:
-        views = [View(_checked_image(image), _checked_grid(grid), place) for image, grid, place in views]
-        self.grids, self.places = [view.grid for view in views], [view.place for view in views]
-        self.sizes = [math.prod(grid) for grid in self.grids]
-        self.total = self.grids[0] if len(views) == 1 else (1, sum(self.sizes))
-        self.padding = None if candidates is None else ~_checked_tokens("candidates", candidates, self.total).bool()
-        least_cell = _LEAST_CELL if len(views) == 1 else _LEAST_CELL_OF_TILES
-        self.images = [_enlarged(view.image, view.grid, least_cell) for view in views]
-        self.image = _mosaic(self.images, self.places)
-        self.width = max(self.image.width, _LEAST_COLUMN)
 
-    def heat(self, scores: Tensor, colormap: str) -> Image:
-        span = _span(scores if self.padding is None else scores[~self.padding])
-        maps = [
-            _score_panel(image, part, grid, colormap, span, empty)
-            for image, part, grid, empty in zip(self.images, scores.split(self.sizes), self.grids, self._empty())
-        ]
-        return _with_legend(_mosaic(maps, self.places), _score_legend(span, colormap), self.width)
-
-    def kept(self, roles: Tensor, role_names: Sequence[str], merged_roles: Sequence[str] = ()) -> Image:
-        looks = _looks(role_names, merged_roles)
-        panels = [
-            _selection_panel(image, part, grid, looks, empty)
-            for image, part, grid, empty in zip(self.images, roles.split(self.sizes), self.grids, self._empty())
-        ]
-        legend = _selection_legend(roles, role_names, self.padding, merged_roles)
-        return _with_legend(_mosaic(panels, self.places), legend, self.width)
-
-    def _empty(self) -> Sequence[Tensor | None]:
-        return [None] * len(self.sizes) if self.padding is None else self.padding.split(self.sizes)
+def _kept_panel(
+    images: Sequence[Image],
+    views: Sequence[View],
+    roles: Tensor,
+    role_names: Sequence[str],
+    merged: Sequence[str],
+    padding: Tensor | None,
+    width: int,
+) -> Image:
+    """The kept tokens of all views, with a legend."""
+    sizes, looks = [math.prod(view.grid) for view in views], _looks(role_names, merged)
+    empty = [None] * len(views) if padding is None else padding.split(sizes)
+    parts = zip(images, roles.split(sizes), views, empty)
+    panels = [_selection_panel(image, part, view.grid, looks, none) for image, part, view, none in parts]
+    kept = _mosaic(panels, [view.place for view in views])
+    return _with_legend(kept, _selection_legend(roles, role_names, padding, merged), width)
 
 
 def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -> Image:
@@ -554,13 +584,12 @@ def _mosaic(panels: Sequence[Image], places: Sequence[tuple[int, int] | None]) -
 
 
 def _figure(panels: Sequence[Image], titles: Sequence[str], width: int) -> Image:
-    """Panels of at most this width in one row or two, a title above each."""
+    """Panels of at most this width in as few rows as are not too wide, a title above each."""
     pil, image_draw = optional_import("PIL.Image"), optional_import("PIL.ImageDraw")
-    row = len(panels) * width
-    fits = len(panels) < 4 or (row <= _WIDEST_ROW and row <= _FLATTEST_ROW * panels[0].height)
-    columns = len(panels) if fits else math.ceil(len(panels) / 2)
-    while columns > 3 and columns * width > 1.5 * _WIDEST_ROW:
-        columns -= 1
+    columns, rows_of_panels = len(panels), 1
+    while columns > 3 and columns * width > min(_WIDEST_ROW, _FLATTEST_ROW * rows_of_panels * panels[0].height):
+        rows_of_panels += 1
+        columns = math.ceil(len(panels) / rows_of_panels)
     margin = max(round(width / 32), 6) if width <= 1000 else 32
     size = min(max(width / 26, 13), 34)
     size = min(_fitting(size, width, functools.partial(_text_length, title)) for title in titles)

@@ -173,6 +173,16 @@ def save(model_type: str, path: Path, *, template: bool = True, processor: bool 
     return path
 
 
+def save_clip(path: Path, llava: str) -> Path:
+    """Write a checkpoint of a CLIP whose vision tower is as wide as that of a LLaVA's checkpoint."""
+    vision = transformers.AutoConfig.from_pretrained(llava).vision_config.to_dict()
+    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.CLIPConfig(vision_config=vision, text_config=text | {"vocab_size": 100}, projection_dim=8)
+    transformers.CLIPModel(config).save_pretrained(path)
+    tokenizer().save_pretrained(path)
+    return path
+
+
 def photograph(path: Path, size: tuple[int, int] = (150, 100)) -> Path:
     """A picture with something to see in it."""
     width, height = size

@@ -75,7 +75,8 @@ def test_prune_draws_what_it_kept(capsys, photo, checkpoint, tmp_path):
     assert f"wrote {picture}" in printed.out and f"wrote {listing}" in printed.out and printed.err == ""
     roles = json.loads(listing.read_text())["roles"]
     counts = [roles.count(role) for role in range(4)]
-    assert f"12 of 36 tokens kept: {counts[1]} anchors (layer 2), {counts[2]} buffers, {counts[3]}" in printed.out
+    assert counts[1] == 1
+    assert f"12 of 36 tokens kept: {counts[1]} anchor (layer 2), {counts[2]} buffers, {counts[3]}" in printed.out
     pixels = np.array(Image.open(picture))
     side, margin = 192, 6  # 48 pixels enlarged four times
     assert pixels.shape[1] == 4 * side + 5 * margin

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from checkpoints import PARTS, TEMPLATE, assemble, photograph, save, tokenizer
+from checkpoints import PARTS, TEMPLATE, assemble, photograph, save, save_clip
 from cli_helpers import error_of
 from PIL import Image
-from transformers import AutoModelForImageTextToText, CLIPConfig, CLIPModel
+from transformers import AutoModelForImageTextToText
 
 import hiprune_kernels as hk
 from hiprune_kernels import cli, processing
@@ -219,12 +219,7 @@ def test_a_template_that_begins_the_prompt_itself(saved, picture, monkeypatch):
 @pytest.fixture(scope="module")
 def clip(folder, saved):
     """A checkpoint of a CLIP whose vision tower is as wide as the LLaVA's."""
-    vision = AutoModelForImageTextToText.from_pretrained(saved("llava")).config.vision_config.to_dict()
-    text = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPConfig(vision_config=vision, text_config=text | {"vocab_size": 100}, projection_dim=8)
-    CLIPModel(config).save_pretrained(folder / "clip")
-    tokenizer().save_pretrained(folder / "clip")
-    return str(folder / "clip")
+    return str(save_clip(folder / "clip", saved("llava")))
 
 
 @pytest.mark.parametrize("method", ["trim", "hiprune++", "cdpruner"])

@@ -176,7 +176,8 @@ def test_other_methods_roles_have_their_own_names_and_colours():
         assert_close(centre(picture, (2, 2), index), blended(GRAY, color, visualize._OTHER_TINT))
     texts = [text for _, text in visualize._selection_legend(roles, ("kept", "merger"))]
     assert texts == ["2 kept", "1 merger", "1 dropped"]
-    assert [visualize.plural(name) for name in ("register", "kept", "merged")] == ["registers", "kept", "merged"]
+    counted = [("register", 1), ("register", 2), ("kept", 1), ("like the text", 2)]
+    assert [visualize.counted(*each) for each in counted] == ["1 register", "2 registers", "1 kept", "2 like the text"]
 
 
 def tiles():

@@ -273,11 +273,11 @@ class Method:
         budget, retention: exactly one of them: visual tokens kept per image (or video), or the share of them.
         roles: names of the roles 1, 2, ... that `select` gives. Where nothing has to be dropped `select` is not called,
             and all tokens have the last one.
-        merged_roles: those of the roles whose tokens are means of others.
         whole_images: whether a budget is of the picture that was cut into tiles, also where a model takes tiles for
             images of their own (InternVL).
         original_positions: whether kept tokens and the text keep the position ids that they have among all tokens; else
             they move up, but for models whose positions tell places in images.
+        merged_roles: names of the roles whose rows `merge` puts others in the place of.
         guaranteed: whether what this class's `select` returns is right by construction. What other classes return is
             checked, which waits for the device.
 

@@ -44,7 +44,7 @@ class VisionZip(Method):
     contextual_share: float = 10 / 64
 
     roles: ClassVar[tuple[str, ...]] = ("CLS", "contextual", "dominant")
-    merged_roles: ClassVar[tuple[str, ...]] = ("contextual",)
+    merged_roles: ClassVar[tuple[str, ...]] = ("CLS", "contextual")
     guaranteed: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
