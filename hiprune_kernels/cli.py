@@ -1,4 +1,5 @@
-"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `compare IMAGE...`, `run IMAGE QUESTION`, `demo`.
+"""The `hiprune` command: `info`, `check`, `prune IMAGE`, `compare IMAGE...`, `run IMAGE QUESTION`,
+`quality`, `demo`.
 
 Exit codes: 0 done, 1 an error nobody foresaw, 2 wrong input, 3 `check` found something wrong, 130 interrupted. Errors
 are one line on stderr; `--debug` shows the traceback instead. What takes long to import is imported by the command that
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_compare, cli_prune, cli_run
+from . import __version__, cli_compare, cli_prune, cli_quality, cli_run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +30,8 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="Visual-token pruning: answers, pictures, kernels, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,check,prune,compare,run,demo}")
+    names = "{info,check,prune,compare,run,quality,demo}"
+    commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     info = commands.add_parser("info", parents=[common], help="versions, devices, active kernels; supported models")
@@ -53,6 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
         "run", parents=[common], help="answer a question about an image from a part of its tokens"
     )
     cli_run.add_arguments(run)
+
+    quality = commands.add_parser(
+        "quality", parents=[common], help="right answers of a small trained LLaVA, by method and number of tokens"
+    )
+    cli_quality.add_arguments(quality)
 
     demo = commands.add_parser("demo", parents=[common], help="measure and draw HiPrune on real photographs")
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR", help="default: out/demo")

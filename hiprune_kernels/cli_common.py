@@ -1,4 +1,4 @@
-"""What `hiprune prune`, `run` and `compare` share: options of methods, pictures from disk, how a method is watched."""
+"""What the commands share: options of methods, pictures from disk, how a method is watched."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from .budget import CLUSTER_SIZES, ROLE_NAMES
 from .methods import METHODS, HiPrune, Method, Picks, Seen, TokenLayout, options_of
@@ -241,6 +241,13 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def aligned(rows: Sequence[Sequence[str]], report: TextIO | None = None) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *cells in rows:
+        line = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]
+        print("  ".join(line).rstrip(), file=report)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from .cli_common import (
     DTYPES,
     PICTURES,
+    aligned,
     check_writable,
     checked_device,
     has_random_weights,
@@ -465,22 +466,15 @@ def _print_tables(entries: Sequence[Entry], done: Sequence[Compared], report: Te
         for look in (found.looks[0] for found in done)
     )
     print(f"\n{'; '.join(grids)}{several}", file=report)
-    _print_table([head, *rows], report)
+    aligned([head, *rows], report)
     if len(entries) > 1:
         print(f"\noverlap of the kept tokens, intersection over union{several}", file=report)
         labels = [entry.label for entry in entries]
         cells = [[f"{value:.2f}" for value in row] for row in _mean_overlaps(done)]
-        _print_table([["", *labels], *([label, *row] for label, row in zip(labels, cells))], report)
+        aligned([["", *labels], *([label, *row] for label, row in zip(labels, cells))], report)
     for i, entry in enumerate(entries):
         for note in dict.fromkeys(found.looks[i].note for found in done if found.looks[i].note):
             print(f"note: {entry.label}: {note}", file=report)
-
-
-def _print_table(rows: Sequence[Sequence[str]], report: TextIO) -> None:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for first, *cells in rows:
-        line = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:]))]
-        print("  ".join(line).rstrip(), file=report)
 
 
 def _as_json(

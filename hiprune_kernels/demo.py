@@ -27,6 +27,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from . import reference
 from .budget import anchor_count, resolve_budget
+from .cli_common import aligned
+from .demo_answers import SHOWN, answer_note, answer_rows, answer_scenes
 from .environment import environment
 from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
@@ -355,10 +357,13 @@ def run_demo(
     try:
         torch.set_num_threads(threads or threads_before)
         with progress.Progress(*columns, transient=True) as bar:
-            report = _measure_and_draw(out, _Steps(bar), quick, model, config)
+            steps = _Steps(bar)
+            steps.begin("a small LLaVA answers", then=3 * len(WAYS) + 2 * len(PHOTOS))
+            answers = answer_scenes(out, count=SHOWN if quick else 20)
+            report = _measure_and_draw(out, steps, quick, model, config)
     finally:
         torch.set_num_threads(threads_before)
-    report = {"command": command, **report}
+    report = {"command": command, "answers": answers, **report}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report.md").write_text(_markdown(report))
     return report
@@ -523,6 +528,10 @@ def notes(report: dict[str, Any]) -> list[str]:
 
 def print_report(report: dict[str, Any], out: Path | str) -> None:
     """Show the table, the agreement and the notes on the terminal."""
+    answers = report["answers"]
+    print(f"A trained LLaVA of 1M parameters answers {answers['questions']} questions about {answers['scenes']} scenes")
+    aligned(answer_rows(answers))
+    print(f"Questions, answers and kept tokens: {Path(out) / answers['picture']}\n")
     rows = [TABLE_HEAD, *table_rows(report)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"{report['model']}: {report['budget']} of {report['tokens']} tokens kept\n")
@@ -550,6 +559,14 @@ def _markdown(report: dict[str, Any]) -> str:
         f"- Kernels: {kernels}",
         "",
         *(f"- **Note:** {note}" for note in notes(report)),
+        "",
+        "## A small trained LLaVA answers from fewer tokens",
+        "",
+        *_markdown_table(answer_rows(report["answers"])),
+        "",
+        answer_note(report["answers"]),
+        "",
+        f"![questions, answers and kept tokens]({report['answers']['picture']})",
         "",
         "## One image through LLaVA-1.5's encoder, and generate() from it",
         "",

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from . import quality
 from .methods import ClipText, Method, Needs, Stage
 from .patch import FAMILIES, applied
 from .patch.call import PATCH, PatchedEncoder
@@ -78,7 +79,7 @@ def load_model(
 
     Args:
         source: local directory or hub id of a checkpoint of a type in `hiprune info --models`, or of a CLIP or SigLIP,
-            whose vision encoder is taken.
+            whose vision encoder is taken; or "digits", the small LLaVA of `hiprune_kernels.quality`.
         method: that will be applied, or several, one after the other.
         dtype: of the weights; "auto" is the checkpoint's.
         device: to put them on.
@@ -93,6 +94,7 @@ def load_model(
         >>> loaded = load_model("llava-hf/llava-1.5-7b-hf", HiPrune(budget=192))
         >>> apply_method(loaded.model, HiPrune(budget=192))
     """
+    source = _by_name(source)
     local_only = is_local(source)
     methods = [method] if isinstance(method, Method) else method
     with quiet_transformers(bars=sys.stderr.isatty()):
@@ -134,6 +136,11 @@ def load_clip_text(source: str, model: str | None) -> ClipText:
     return ClipText(clip=clip.eval().requires_grad_(False), clip_tokenizer=tokenizers[0], tokenizer=tokenizers[1])
 
 
+def _by_name(source: str) -> str:
+    """A folder, for the names that the command line knows."""
+    return quality.checkpoint() if source == "digits" and not os.path.exists(source) else source
+
+
 def encoder_of(model: PreTrainedModel) -> PatchedEncoder:
     """What is known of the encoder of images of a model that a method is applied to."""
     return FAMILIES[model.config.model_type].host(model).__dict__[PATCH].encoders[0]
@@ -167,6 +174,7 @@ def refusals(source: str, methods: Sequence[Method]) -> list[str]:
     Raises:
         ValueError: if there is no such checkpoint, or it is of another type.
     """
+    source = _by_name(source)
     with quiet_transformers():
         config, _ = _prunable(source, _config(source, is_local(source)))
         auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
