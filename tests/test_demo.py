@@ -10,7 +10,7 @@ from models import tiny_clip_config
 from PIL import Image
 
 from hiprune_kernels import cli, demo, is_patched, reference
-from hiprune_kernels.demo_answers import WAYS
+from hiprune_kernels.demo_answers import WAYS as ANSWERED
 from hiprune_kernels.loading import load_encoder
 
 WAYS = ["released code", "eager", "sdpa", "hiprune_kernels"]
@@ -69,7 +69,7 @@ def test_report_and_pictures_are_written(finished):
     text = (out / "report.md").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["answers.png", "astronaut.png", "report.json", "report.md"]
     answers = report["answers"]
-    assert [way["way"] for way in answers["ways"]] == list(WAYS) and answers["questions"] == 27
+    assert [way["way"] for way in answers["ways"]] == list(ANSWERED) and answers["questions"] == 27
     whole, *_, random = (way["accuracy"] for way in answers["ways"])
     assert 1 >= whole > 0.9 > random and "![questions, answers and kept tokens](answers.png)" in text
     assert f"| all 144 tokens | {100 * whole:.1f} +- " in text and "a third: HiPrune, 48" in printed
