@@ -258,7 +258,7 @@ def _load(args: argparse.Namespace, entries: list[Entry]) -> tuple[LoadedModel, 
 
         if not answers_text(loaded.processor):
             raise ValueError(f"question: {loaded.name} has no tokenizer to read it with")
-    return loaded, served, left_out
+    return loaded, [Entry(entry.label, loaded.fitted(entry.method)) for entry in served], left_out
 
 
 # ------------------------------------------------------------------------------------------------ looking and timing

