@@ -249,6 +249,7 @@ def token_mask(mask: Image, seen: View, original: Image) -> Tensor:
         expected, got = (f"{x.width} x {x.height}" for x in (original, mask))
         raise ValueError(f"mask: expected {expected} pixels as of the image, got {got}")
     binary = pil.fromarray(((np.asarray(mask) > 0) * 255).astype(np.uint8))
+    width, height = seen.image.size
     # What the processor did: the shorter side to that of the picture, and the middle cut out; or both sides.
     scale = max(width / mask.width, height / mask.height)
     size = max(width, round(mask.width * scale)), max(height, round(mask.height * scale))
