@@ -29,6 +29,7 @@ from . import reference
 from .budget import anchor_count, resolve_budget
 from .cli_common import aligned
 from .demo_answers import SHOWN, answer_note, answer_rows, answer_scenes
+from .demo_photos import keep_of_photographs
 from .environment import environment
 from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
@@ -360,10 +361,12 @@ def run_demo(
             steps = _Steps(bar)
             steps.begin("a small LLaVA answers", then=3 * len(WAYS) + 2 * len(PHOTOS))
             answers = answer_scenes(out, count=SHOWN if quick else 20)
+            steps.begin("a trained encoder", then=3 * len(WAYS) + 2 * len(PHOTOS))
+            trained = keep_of_photographs(out, _photographs(PHOTOS[:1] if quick else PHOTOS))
             report = _measure_and_draw(out, steps, quick, model, config)
     finally:
         torch.set_num_threads(threads_before)
-    report = {"command": command, "answers": answers, **report}
+    report = {"command": command, "answers": answers, "trained": trained, **report}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report.md").write_text(_markdown(report))
     return report
@@ -532,6 +535,9 @@ def print_report(report: dict[str, Any], out: Path | str) -> None:
     print(f"A trained LLaVA of 1M parameters answers {answers['questions']} questions about {answers['scenes']} scenes")
     aligned(answer_rows(answers))
     print(f"Questions, answers and kept tokens: {Path(out) / answers['picture']}\n")
+    print(
+        report["trained"]["note"], *(f"  {out}/{name}" for name in report["trained"]["pictures"].values()), "", sep="\n"
+    )
     rows = [TABLE_HEAD, *table_rows(report)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"{report['model']}: {report['budget']} of {report['tokens']} tokens kept\n")
@@ -568,6 +574,11 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         f"![questions, answers and kept tokens]({report['answers']['picture']})",
         "",
+        "## What a trained encoder keeps of photographs",
+        "",
+        report["trained"]["note"],
+        "",
+        *(f"![{name}]({picture})\n" for name, picture in report["trained"]["pictures"].items()),
         "## One image through LLaVA-1.5's encoder, and generate() from it",
         "",
         *_markdown_table([TABLE_HEAD, *table_rows(report)]),
