@@ -28,8 +28,8 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from . import reference
 from .budget import anchor_count, resolve_budget
 from .cli_common import aligned
-from .demo_answers import SHOWN, answer_note, answer_rows, answer_scenes
-from .demo_photos import keep_of_photographs
+from .demo_answers import SHOWN, answer_rows, answer_scenes, answers_markdown, markdown_table
+from .demo_photos import keep_of_photographs, photos_markdown
 from .environment import environment
 from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
@@ -535,9 +535,8 @@ def print_report(report: dict[str, Any], out: Path | str) -> None:
     print(f"A trained LLaVA of 1M parameters answers {answers['questions']} questions about {answers['scenes']} scenes")
     aligned(answer_rows(answers))
     print(f"Questions, answers and kept tokens: {Path(out) / answers['picture']}\n")
-    print(
-        report["trained"]["note"], *(f"  {out}/{name}" for name in report["trained"]["pictures"].values()), "", sep="\n"
-    )
+    print(report["trained"]["note"])
+    print(*(f"  {Path(out) / name}" for name in report["trained"]["pictures"].values()), "", sep="\n")
     rows = [TABLE_HEAD, *table_rows(report)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"{report['model']}: {report['budget']} of {report['tokens']} tokens kept\n")
@@ -566,22 +565,11 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         *(f"- **Note:** {note}" for note in notes(report)),
         "",
-        "## A small trained LLaVA answers from fewer tokens",
-        "",
-        *_markdown_table(answer_rows(report["answers"])),
-        "",
-        answer_note(report["answers"]),
-        "",
-        f"![questions, answers and kept tokens]({report['answers']['picture']})",
-        "",
-        "## What a trained encoder keeps of photographs",
-        "",
-        report["trained"]["note"],
-        "",
-        *(f"![{name}]({picture})\n" for name, picture in report["trained"]["pictures"].items()),
+        *answers_markdown(report["answers"]),
+        *photos_markdown(report["trained"]),
         "## One image through LLaVA-1.5's encoder, and generate() from it",
         "",
-        *_markdown_table([TABLE_HEAD, *table_rows(report)]),
+        *markdown_table([TABLE_HEAD, *table_rows(report)]),
         "",
         f"Medians of {report['rounds']} interleaved rounds, {NEW_TOKENS} new tokens each. Encoder: vision encoder, "
         "selection and projector; its peak is memory above what the process held before. The speed-up is the released "
@@ -604,8 +592,3 @@ def _markdown(report: dict[str, Any]) -> str:
         *(f"![{line['photo']}]({line['picture']})\n" for line in report["agreement"]),
     ]
     return "\n".join(lines)
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]

@@ -67,7 +67,12 @@ def test_kept_tokens_equal_the_float64_reference(finished):
 def test_report_and_pictures_are_written(finished):
     out, report, printed = finished
     text = (out / "report.md").read_text()
-    assert sorted(path.name for path in out.iterdir()) == ["answers.png", "astronaut.png", "report.json", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["answers.png", "astronaut.png", "report.json", "report.md", *report["trained"]["pictures"].values()]
+    )
+    assert report["trained"]["note"] in text and report["trained"]["note"] in printed
+    assert len(report["trained"]["pictures"]) == (0 if "Nothing of a trained" in printed else 2)
+    assert all(f"({name})" in text for name in report["trained"]["pictures"].values())
     answers = report["answers"]
     assert [way["way"] for way in answers["ways"]] == list(ANSWERED) and answers["questions"] == 27
     whole, *_, random = (way["accuracy"] for way in answers["ways"])
