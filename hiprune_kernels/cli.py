@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from . import __version__, cli_analyze, cli_compare, cli_prune, cli_quality, cli_run
+from . import __version__, cli_analyze, cli_bench, cli_compare, cli_prune, cli_quality, cli_run
 
 
 class _Parser(argparse.ArgumentParser):
@@ -30,7 +30,7 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="hiprune", description="Visual-token pruning: answers, pictures, kernels, a demonstration.")
     parser.add_argument("--version", action="version", version=f"hiprune-kernels {__version__}")
-    names = "{info,check,prune,compare,run,analyze,calibrate,quality,demo}"
+    names = "{info,check,prune,compare,run,bench,analyze,calibrate,quality,demo}"
     commands = parser.add_subparsers(dest="command", required=True, metavar=names)
     common = _Parser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -56,6 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     cli_run.add_arguments(run)
 
+    bench = commands.add_parser("bench", parents=[common], help="what pruning saves in a model, part by part")
+    cli_bench.add_arguments(bench)
     analyze = commands.add_parser(
         "analyze", parents=[common], help="what the layers of a vision encoder attend to: pictures and a report"
     )

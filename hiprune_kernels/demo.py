@@ -7,9 +7,7 @@ code's (eager attention, every layer's attention matrices, selection in PyTorch)
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -30,6 +28,7 @@ from .budget import anchor_count, resolve_budget
 from .cli_common import aligned
 from .demo_answers import SHOWN, answer_rows, answer_scenes, answers_markdown, markdown_table
 from .demo_photos import keep_of_photographs, photos_markdown
+from .efficiency import memory_kib, reset_peak
 from .environment import environment
 from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
@@ -89,26 +88,6 @@ class Agreement:
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
-def _memory_kib(name: str) -> int | None:
-    """VmRSS (now) or VmHWM (highest since the last reset) of this process; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(name + ":")), None)
-
-
-def _reset_peak() -> int | None:
-    """Reset the high-water mark and return the memory in use, in KiB; None where that is impossible."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # pages that an earlier run left behind would hide what this one takes
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _memory_kib("VmRSS")
-
-
 class _Meter:
     """Watches one prompt from the vision encoder's start to the projector's end, and what the language model sees."""
 
@@ -130,12 +109,12 @@ class _Meter:
             handle.remove()
 
     def _start(self, module: torch.nn.Module, args: tuple) -> None:
-        self._held = _reset_peak()
+        self._held = reset_peak()
         self._begun = time.perf_counter()
 
     def _stop(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         self.encoder_ms = (time.perf_counter() - self._begun) * 1e3
-        peak = _memory_kib("VmHWM")
+        peak = memory_kib("VmHWM")
         self.peak_mib = None if self._held is None or peak is None else (peak - self._held) / 1024
 
     @property

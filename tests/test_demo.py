@@ -9,7 +9,7 @@ import torch
 from models import tiny_clip_config
 from PIL import Image
 
-from hiprune_kernels import cli, demo, is_patched, reference
+from hiprune_kernels import cli, demo, efficiency, is_patched, reference
 from hiprune_kernels.demo_answers import WAYS as ANSWERED
 from hiprune_kernels.loading import load_encoder
 
@@ -162,15 +162,15 @@ def test_disagreement_is_reported_with_the_gap():
 
 def test_memory_is_not_available_where_linux_does_not_tell(monkeypatch, finished):
     _, report, _ = finished
-    assert any(row["peak_mib"] is not None for row in report["rows"]) == (demo._reset_peak() is not None)
+    assert any(row["peak_mib"] is not None for row in report["rows"]) == (efficiency.reset_peak() is not None)
 
     def refused(self, *args, **kwargs):
         raise OSError("no such file")
 
     monkeypatch.setattr(demo.Path, "write_text", refused)
-    assert demo._reset_peak() is None
+    assert efficiency.reset_peak() is None
     monkeypatch.setattr(demo.Path, "read_text", refused)
-    assert demo._memory_kib("VmRSS") is None
+    assert efficiency.memory_kib("VmRSS") is None
     row = demo._row("sdpa", {WAYS[0]: [_run()], "sdpa": [_run()]}, 36)
     assert row.peak_mib is None and demo.table_rows({"rows": [vars(row)]})[0][3] == "n/a"
 
@@ -180,12 +180,12 @@ def _run():
 
 
 def test_peak_memory_sees_what_was_held_for_a_moment():
-    held = demo._reset_peak()
+    held = efficiency.reset_peak()
     if held is None:
         pytest.skip("this system does not let a process reset its memory high-water mark")
     block = torch.ones(64 * 2**20 // 4)  # 64 MiB
     del block
-    grown = (demo._memory_kib("VmHWM") - held) / 1024
+    grown = (efficiency.memory_kib("VmHWM") - held) / 1024
     assert 60 < grown < 120
 
 
