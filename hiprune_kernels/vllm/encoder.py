@@ -15,7 +15,7 @@ from vllm.distributed import (
 )
 
 from ..methods import Method, Picks, Seen, Stage, TokenLayout
-from ..methods.base import checked_kept, checked_picks, merges
+from ..methods.base import ABSENT, checked_kept, checked_picks, merges
 from .options import Asked, Options
 
 
@@ -39,9 +39,9 @@ class Pass:
     method: Method
     layout: TokenLayout
     scores: dict[int, Tensor] = field(default_factory=dict)
-    keys: Tensor | None = None
-    features: Tensor | None = None
-    regions: Tensor | None = None
+    keys: Tensor = ABSENT
+    features: Tensor = ABSENT
+    regions: Tensor = ABSENT
     picks: Picks | None = None
 
     @property

@@ -39,14 +39,13 @@ def build_processor(info: Any, dummy_inputs: Any, **kwargs: Any) -> Any:
 
 def check_tower(config: Any) -> None:
     """Raise RuntimeError unless the vision tower is CLIP's: the same class serves others."""
-    if config.vision_config.model_type != "clip_vision_model":
-        raise RuntimeError(
-            f"hiprune: expected a vision tower of clip_vision_model, got {config.vision_config.model_type}"
-        )
+    tower = config.vision_config.model_type
+    if tower != "clip_vision_model":
+        raise RuntimeError(f"hiprune: vision_config: expected a tower of type clip_vision_model, got {tower}")
 
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=stock.LlavaDummyInputsBuilder)
-class Llava(stock.LlavaForConditionalGeneration):  # type: ignore[misc]
+class Llava(stock.LlavaForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         options = self.options = Options.of(vllm_config.model_config.hf_config)
@@ -56,7 +55,7 @@ class Llava(stock.LlavaForConditionalGeneration):  # type: ignore[misc]
         check_config(options, vllm_config)
         self.grid = grid_of(self.config)
         self.tower = Tower(self.vision_tower.vision_model.encoder.layers, options)
-        # vLLM counts an encoder's work in placeholders. What is pruned must not make its batches larger than stock ones.
+        # vLLM counts an encoder's work in placeholders: pruned images must not make its batches larger than stock.
         tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.images_at_once = max(1, tokens // (self.grid[0] * self.grid[1]))
 

@@ -85,7 +85,7 @@ def _prunes(options: Options, layout: TokenLayout, asked: Asked) -> bool:
 
 
 @MULTIMODAL_REGISTRY.register_processor(build_processor, info=build_info, dummy_inputs=stock.LlavaDummyInputsBuilder)
-class LlavaNext(stock.LlavaNextForConditionalGeneration):  # type: ignore[misc]
+class LlavaNext(stock.LlavaNextForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         options = self.options = Options.of(vllm_config.model_config.hf_config)

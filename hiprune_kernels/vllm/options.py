@@ -171,9 +171,7 @@ def _refuse(name: str, method: Method, needs: Needs, facts: EncoderFacts) -> Non
     if needs.text or needs.text_attention is not None:
         raise ValueError(f"method: expected one that reads images alone, got {name!r}, which reads the prompt")
     if isinstance(method, HiPrune) and method.rule == "official" and facts.kind.official_rule == "official_qwen":
-        raise ValueError(
-            'rule: expected "paper" or "grid", as "official" may keep fewer tokens of this model, got "official"'
-        )
+        raise ValueError('rule: expected "paper" or "grid", as "official" may keep fewer tokens, got "official"')
     if isinstance(method, HiRED) and method.rule == "official" and facts.tiled:
         raise ValueError('rule: expected "paper", as "official" may keep fewer tokens of tiles, got "official"')
     region = needs.region_features

@@ -32,10 +32,8 @@ class Info(PruningInfo, stock.Qwen2_5_VLProcessingInfo):
 
 class Processor(PruningProcessor, stock.Qwen2_5_VLMultiModalProcessor):
     def full_tokens(self, images: Any, item: int, processed: Any) -> int:
-        return (
-            int(processed["image_grid_thw"][item].prod())
-            // self.info.get_hf_config().vision_config.spatial_merge_size ** 2
-        )
+        merge = self.info.get_hf_config().vision_config.spatial_merge_size
+        return int(processed["image_grid_thw"][item].prod()) // merge**2
 
 
 def build_info(ctx: Any) -> Any:
@@ -73,7 +71,7 @@ def _yes() -> bool:  # a function of a module: configurations are pickled
 @MULTIMODAL_REGISTRY.register_processor(
     build_processor, info=build_info, dummy_inputs=stock.Qwen2_5_VLDummyInputsBuilder
 )
-class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc]
+class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         options = Options.of(vllm_config.model_config.hf_config)
         if options is not None:
@@ -156,15 +154,12 @@ class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc
             check_rows(embeddings, self.asked)
         return tuple(with_places(rows, own, width) for rows, own, (_, width) in zip(embeddings, kept, grids))
 
-    def _prune(
-        self, asked: Asked, images: list[int], grids: list, embeddings: list[Tensor], kept: list[Tensor]
-    ) -> None:
+    def _prune(self, asked: Asked, images: list[int], grids: list, embeddings: list, kept: list) -> None:
         """Leave kept tokens alone in the embeddings of some images, and say which these are."""
         assert self.options is not None
         sizes = [math.prod(grid) for grid in grids]
-        layout = TokenLayout(
-            tuple(grids[i] for i in images), (1,) * len(images), unit_rows=self._unit_rows(images, grids)
-        )
+        unit_rows = self._unit_rows(images, grids)
+        layout = TokenLayout(tuple(grids[i] for i in images), (1,) * len(images), unit_rows=unit_rows)
         own = Pass(self.options, self.options.method_of(asked), layout)
         if own.whole:
             return
@@ -219,11 +214,9 @@ class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):  # type: ignore[misc
             )
         ids = torch.as_tensor(input_ids, device=mrope_positions.device)
         rows, places = without_places(multimodal_embeddings)
-        config = self.config
-        positions = placed(
-            ids, places, mrope_positions, num_computed_tokens, config.image_token_id, config.vision_start_token_id
-        )
-        return rows, positions, int(positions[:, -1].max()) + 1 - len(ids)
+        image, start = self.config.image_token_id, self.config.vision_start_token_id
+        positions = placed(ids, places, mrope_positions, num_computed_tokens, image, start)
+        return rows, positions, int(mrope_positions[:, -1].max()) + 1 - len(ids)
 
 
 def with_places(rows: Tensor, tokens: Tensor, width: int) -> Tensor:
@@ -255,7 +248,7 @@ def text_positions(length: int, spans: Sequence[tuple[int, int, int]]) -> tuple[
 
     Example:
         >>> text_positions(5, [(1, 2, 9)])[0][0], text_positions(5, [(1, 2, 9)])[1]
-        (tensor([ 0,  1,  1, 10, 11]), 7)
+        (tensor([ 0,  1,  9, 10, 11]), 7)
     """
     parts, at, position = [], 0, 0
     for offset, count, longer in spans:
@@ -263,6 +256,7 @@ def text_positions(length: int, spans: Sequence[tuple[int, int, int]]) -> tuple[
         position += offset - at
         parts.append(torch.full((count,), position))
         position += longer
+        parts[-1][-1] = position - 1  # where a prompt ends with an image, its last position tells how to go on
         at = offset + count
     parts.append(torch.arange(position, position + length - at))
     return torch.cat(parts).expand(3, -1).contiguous(), position - at
