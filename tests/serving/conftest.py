@@ -5,15 +5,10 @@ The folder is not called "vllm": this would be an importable name wherever tests
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 
-HERE = Path(__file__).parent
-if importlib.util.find_spec("vllm") is None:
-    collect_ignore_glob = ["test_*.py"]
-
-os.environ |= {
+ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -22,6 +17,10 @@ os.environ |= {
     "OMP_NUM_THREADS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ |= ENVIRONMENT
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,13 +32,13 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Folders of checkpoints, by the names of the functions that make them."""
-    import checkpoints
+    import small_models
 
     made = {}
 
     def of(name):
         if name not in made:
-            made[name] = getattr(checkpoints, name)(tmp_path_factory.mktemp(name))
+            made[name] = getattr(small_models, name)(tmp_path_factory.mktemp(name))
         return made[name]
 
     return of

@@ -1,7 +1,7 @@
 """Ask engines of vLLM, in a process of their own: `python engine.py WORK.json`.
 
 The file has a list of engines: {"options": of LLM(), "rounds": [[request, ...], ...], "break": bool}. The requests of a
-round are handed over together. A request is {"prompt", "images": [[seed, height, width], ...], "asked"}. Each answer is
+round are handed over together; a round may also be the name of something to do, see `main`. A request is {"prompt", "images": [[seed, height, width], ...], "asked"}. Each answer is
 {"prompt": tokens, "tokens": [...], "logprobs": [...]}. They are written to the same file, as "answers".
 """
 
@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from checkpoints import picture
+from small_models import picture
 
 TOKENS = 8
 
@@ -43,6 +43,12 @@ def without_all_reduce(worker):
     from hiprune_kernels.vllm import clip
 
     clip.over_all_heads = lambda mean, shards: mean
+
+
+def with_stock_model(worker):
+    """In a worker: the model that it would have without the plugin."""
+    model = worker.model_runner.get_model()
+    model.__class__ = type(model).__mro__[1]
 
 
 def inputs(request):
@@ -87,7 +93,17 @@ def main(path):
             if requests == "break":
                 llm.collective_rpc(without_all_reduce)
                 continue
-            engine["answers"].append(answers(llm, requests))
+            if requests == "forget":
+                llm.reset_prefix_cache()
+                continue
+            if requests == "stock":
+                llm.collective_rpc(with_stock_model)
+                continue
+            try:
+                engine["answers"].append(answers(llm, requests))
+            except Exception as error:
+                engine["answers"].append(repr(error))
+                break
             if engine.get("record"):
                 engine["picks"].append(llm.collective_rpc(noted))
         Path(path).write_text(json.dumps(work))

@@ -2,13 +2,14 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from checkpoints import IMAGE_PAD, PINPOINTS, picture
 from engine import TOKENS
+from small_models import IMAGE_PAD, PINPOINTS, picture
 
 import hiprune_kernels as hk
 from hiprune_kernels.budget import kept_anyres_tokens
@@ -25,6 +26,21 @@ def run_engines(folder: Path, *engines: dict, **environment: str) -> list[dict]:
     if done.returncode:
         raise RuntimeError(done.stdout[-2000:] + done.stderr[-6000:])
     return json.loads(path.read_text())
+
+
+def mixed_requests(count: int, prompt: str, image: str, sizes: list[tuple[int, int]], seed: int = 0) -> list[dict]:
+    """Requests of one image, of two, and of text alone, of many sizes and budgets."""
+    draw, requests = random.Random(seed), []
+    for number in range(count):
+        images = draw.choice([0, 1, 1, 1, 2])
+        request: dict = {"prompt": prompt.format(image * images, number)}
+        if images:
+            request["images"] = [(draw.randrange(40), *draw.choice(sizes)) for _ in range(images)]
+            request["asked"] = draw.choice(
+                [None, {"budget": draw.randint(8, 200)}, {"retention": draw.uniform(0.05, 1)}]
+            )
+        requests.append(request)
+    return requests
 
 
 def transformers_answers(

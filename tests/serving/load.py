@@ -4,15 +4,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-import checkpoints
 import conftest  # noqa: F401, the environment of vLLM
+import small_models
 from helpers import mixed_requests, run_engines
 
 SIZES = [(308, 420), (560, 252), (196, 644), (112, 112), (448, 336)]
 FAMILIES = {
     "llava": ("USER: {}{} which? ASSISTANT:", "<image>"),
     "llava_next": ("USER: {}{} which? ASSISTANT:", "<image>"),
-    "qwen2_5_vl": ("{} {} which?", checkpoints.VISION_START + checkpoints.IMAGE_PAD + checkpoints.VISION_END),
+    "qwen2_5_vl": ("{} {} which?", small_models.VISION_START + small_models.IMAGE_PAD + small_models.VISION_END),
 }
 
 
@@ -20,7 +20,7 @@ def main(count: int) -> int:
     wrong = 0
     for family, (prompt, image) in FAMILIES.items():
         with tempfile.TemporaryDirectory() as folder:
-            model = getattr(checkpoints, family)(Path(folder) / "model")
+            model = getattr(small_models, family)(Path(folder) / "model")
             options = {"model": str(model), "limit_mm_per_prompt": {"image": 2}, "max_num_batched_tokens": 2048}
             options["hf_overrides"] = {"hiprune": {"retention": 0.3, "per_request": True}}
             requests = mixed_requests(count, prompt, image, SIZES)

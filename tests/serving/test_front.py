@@ -1,15 +1,17 @@
 """Without an engine: what processors lay out, their hashes, what is refused at start, and positions."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from checkpoints import IMAGE_PAD, PINPOINTS, VISION_END, VISION_START, picture
+from small_models import IMAGE_PAD, PINPOINTS, VISION_END, VISION_START, picture
 from vllm import ModelRegistry
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 
 from hiprune_kernels.budget import kept_anyres_tokens, resolve_budget
-from hiprune_kernels.vllm import ARCHITECTURES
+from hiprune_kernels.vllm import ARCHITECTURES, _refuse_what_would_be_ignored, register
 from hiprune_kernels.vllm.front import ASKED, PIXELS
 from hiprune_kernels.vllm.options import Asked
 from hiprune_kernels.vllm.qwen2_5_vl import placed, text_positions, with_places, without_places
@@ -142,7 +144,7 @@ def test_refused_at_start_of_qwen(checkpoint, name):
 
 
 def test_hired_official_is_refused_for_tiles(checkpoint):
-    with pytest.raises(RuntimeError, match="^hiprune: rule: expected"):
+    with pytest.raises(RuntimeError, match=r"^hiprune: rule: expected"):
         processor(checkpoint("llava_next"), {"budget": 99, "method": "hired", "rule": "official"})
 
 
@@ -154,7 +156,7 @@ def test_videos_are_refused(checkpoint):
 def test_other_architectures_are_refused(checkpoint, monkeypatch):
     """Options that no class of ours would see must not be ignored."""
     monkeypatch.delitem(ARCHITECTURES, "LlavaForConditionalGeneration")
-    with pytest.raises(RuntimeError, match="^hiprune: expected a model of .*, got LlavaForConditionalGeneration"):
+    with pytest.raises(RuntimeError, match=r"^hiprune: expected a model of .*, got LlavaForConditionalGeneration"):
         processor(checkpoint("llava"), {"budget": 9})
     assert processor(checkpoint("llava")) is not None
 
@@ -171,9 +173,18 @@ def test_other_towers_are_refused(checkpoint):
 
 def test_register_again_changes_nothing():
     before = dict(ModelRegistry.models)
-    hk_register = __import__("hiprune_kernels.vllm", fromlist=["register"]).register
-    hk_register()
+    register()
     assert dict(ModelRegistry.models) == before
+
+
+def test_unknown_releases_are_refused():
+    registry = SimpleNamespace(inspect_model_cls=lambda architectures, config: (None, architectures[0]))
+    _refuse_what_would_be_ignored(registry, "0.99.0")
+    config = SimpleNamespace(hf_config=SimpleNamespace(hiprune={"budget": 9}))
+    with pytest.raises(RuntimeError, match=r"^hiprune: expected vLLM 0.32, got 0.99.0"):
+        registry.inspect_model_cls(["LlavaForConditionalGeneration"], config)
+    off = SimpleNamespace(hf_config=SimpleNamespace())
+    assert registry.inspect_model_cls(["Any"], off) == (None, "Any")
 
 
 # ------------------------------------------------------------------------------------------------------------ positions

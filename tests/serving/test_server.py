@@ -3,10 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from checkpoints import picture
 from engine import TOKENS
 from helpers import transformers_answers
 from server import data_url, serve
+from small_models import picture
 
 PICTURES = [(0, 300, 400), (1, 500, 280)]
 PROMPT = "USER: <image>\nwhat? ASSISTANT:"  # as the chat template makes it
