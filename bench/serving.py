@@ -1,7 +1,7 @@
 """What pruning gains in vLLM: one engine, budgets in turn by requests' own options. `python bench/serving.py --help`.
 
 The tower is of the real size of CLIP-L/14-336; the language model has a tenth of the weights of LLaVA-1.5-7B's, so its
-share of the time is smaller than there. Weights are random, in float32. It needs the environment of `.ci/serving set-up`.
+share of the time is smaller than there. Weights are random, in float32. `.ci/serving set-up` makes the environment.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ def table(rows: list[dict], title: str) -> str:
             share = median["encoder"] / median["seconds"]
             speed = kind[0] * kind[1] / median["seconds"]
             lines.append(
-                f"| {kind[0]} x {kind[1]} | {budget} | {own[0]['prompt']} | {median['blocks']:.0f} ({ratio['blocks']:.2f}) "
+                f"| {kind[0]} x {kind[1]} | {budget} | {own[0]['prompt']} "
+                f"| {median['blocks']:.0f} ({ratio['blocks']:.2f}) "
                 f"| {median['seconds']:.2f} s ({ratio['seconds']:.2f}) | {speed:.2f} "
                 f"| {median['encoder']:.2f} s ({ratio['encoder']:.2f}; {share:.0%} of the time) "
                 f"| {median['language']:.2f} s ({ratio['language']:.2f}) |"
@@ -127,10 +128,11 @@ def table(rows: list[dict], title: str) -> str:
         whole, encoder = (statistics.median(row[key] for row in pruned) for key in ("seconds", "encoder"))
         half = (whole - encoder / 2) / base["seconds"]
         lines.append(
-            f"| {kind[0]} x {kind[1]} | {BUDGETS[-1]}, by arithmetic with an encoder twice as fast | | | ({half:.2f}) | | | |"
+            f"| {kind[0]} x {kind[1]} | {BUDGETS[-1]}, by arithmetic, with an encoder twice as fast "
+            f"for it alone | | | ({half:.2f}) | | | |"
         )
     lines.append(
-        "\nIn brackets: the ratio to unpruned. The time of 1 x 1 is the time to the first token. What the encoder takes "
+        "\nIn brackets: the ratio to unpruned. The time of 1 x 1 is that to the first token. What the encoder takes "
         "bounds the gain.\n"
     )
     return "\n".join(lines)

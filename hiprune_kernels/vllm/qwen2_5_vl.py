@@ -88,7 +88,8 @@ class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):
             attention = self.visual.blocks[layer - 1].attn
             attention.attn.forward = self._attention(layer, queries, attention, attention.attn.forward)
         if options.needs.features == "encoder":
-            self.visual.merger.register_forward_pre_hook(self._keep_states)
+            # Of the merger's norm: vLLM's own `__call__` of classes that it can compile, as the merger, calls no hooks.
+            self.visual.merger.ln_q.register_forward_pre_hook(self._keep_states)
 
     asked: Tensor | None  # of the images that are being encoded
     cuts: Tensor | None  # where their rows start, while they are
@@ -109,7 +110,7 @@ class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):
 
         return forward
 
-    def _keep_states(self, merger: Any, inputs: tuple[Tensor, ...]) -> None:
+    def _keep_states(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
         if self.cuts is not None:
             self.states = inputs[0].flatten(0, -2)
 
