@@ -77,7 +77,7 @@ class Pass:
         return self.method.merge(features, self._seen, self.picks) if merges(self.method) else features
 
 
-def check_config(options: Options, vllm_config: Any) -> None:
+def check_config(vllm_config: Any) -> None:
     """Raise RuntimeError for parts of a server's configuration that pruning cannot go with."""
     if vllm_config.model_config.multimodal_config.video_pruning_rate:
         raise RuntimeError("hiprune: video_pruning_rate: expected none, as images are pruned")

@@ -52,7 +52,7 @@ class Llava(stock.LlavaForConditionalGeneration):
         if options is None:
             return
         check_tower(self.config)
-        check_config(options, vllm_config)
+        check_config(vllm_config)
         self.grid = grid_of(self.config)
         self.tower = Tower(self.vision_tower.vision_model.encoder.layers, options)
         # vLLM counts an encoder's work in placeholders: pruned images must not make its batches larger than stock.

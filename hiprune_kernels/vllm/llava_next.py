@@ -92,7 +92,7 @@ class LlavaNext(stock.LlavaNextForConditionalGeneration):
         if options is None:
             return
         check_tower(self.config)
-        check_config(options, vllm_config)
+        check_config(vllm_config)
         self.tower = Tower(self.vision_tower.vision_model.encoder.layers, options)
 
     def embed_multimodal(self, **kwargs: Any) -> Any:

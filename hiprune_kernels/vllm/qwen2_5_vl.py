@@ -75,7 +75,7 @@ class Qwen2_5_VL(stock.Qwen2_5_VLForConditionalGeneration):
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         options = Options.of(vllm_config.model_config.hf_config)
         if options is not None:
-            check_config(options, vllm_config)
+            check_config(vllm_config)
             # Before anything is built: classes and runners ask at different times.
             object.__setattr__(vllm_config.model_config.multimodal_config, "is_multimodal_pruning_enabled", _yes)
         super().__init__(vllm_config=vllm_config, prefix=prefix)

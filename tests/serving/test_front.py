@@ -1,5 +1,6 @@
 """Without an engine: what processors lay out, their hashes, what is refused at start, and positions."""
 
+import operator
 from types import SimpleNamespace
 
 import pytest
@@ -12,8 +13,9 @@ from vllm.plugins import load_general_plugins
 
 from hiprune_kernels.budget import kept_anyres_tokens, resolve_budget
 from hiprune_kernels.vllm import ARCHITECTURES, _refuse_what_would_be_ignored, register
+from hiprune_kernels.vllm.encoder import check_config, check_rows
 from hiprune_kernels.vllm.front import ASKED, PIXELS
-from hiprune_kernels.vllm.options import Asked
+from hiprune_kernels.vllm.options import Asked, asked_of_images
 from hiprune_kernels.vllm.qwen2_5_vl import placed, text_positions, with_places, without_places
 
 SIZES = [(300, 400), (500, 280), (196, 644), (56, 56), (61, 190)]  # height, width
@@ -185,6 +187,43 @@ def test_unknown_releases_are_refused():
         registry.inspect_model_cls(["LlavaForConditionalGeneration"], config)
     off = SimpleNamespace(hf_config=SimpleNamespace())
     assert registry.inspect_model_cls(["Any"], off) == (None, "Any")
+
+
+CONFIGS = {
+    "video_pruning_rate": ("model_config.multimodal_config", 0.3),
+    "enable_tower_connector_lora": ("lora_config", True),
+    "compile_mm_encoder": ("compilation_config", True),
+    "cudagraph_mm_encoder": ("compilation_config", True),
+}
+
+
+@pytest.mark.parametrize("name", [None, *CONFIGS])
+def test_what_pruning_cannot_go_with(name):
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(video_pruning_rate=None)),
+        lora_config=SimpleNamespace(enable_tower_connector_lora=False),
+        compilation_config=SimpleNamespace(compile_mm_encoder=False, cudagraph_mm_encoder=False),
+    )
+    if name is None:
+        check_config(config)
+        return
+    where, value = CONFIGS[name]
+    setattr(operator.attrgetter(where)(config), name, value)
+    with pytest.raises(RuntimeError, match=f"^hiprune: {name}: expected"):
+        check_config(config)
+
+
+def test_rows_that_are_not_as_many_as_placeholders():
+    asked = torch.tensor([Asked(5, None).to_row(5), Asked(None, 0.5).to_row(7)])
+    check_rows([torch.zeros(5, 2), torch.zeros(7, 2)], asked)
+    with pytest.raises(RuntimeError, match=r"expected \[5, 7\] rows of images, .* got \[5, 8\]"):
+        check_rows([torch.zeros(5, 2), torch.zeros(8, 2)], asked)
+
+
+def test_images_that_ask_for_the_same_go_together():
+    rows = [Asked(5, None), Asked(None, 1 / 3), Asked(5, None), Asked(6, None)]
+    groups = asked_of_images(torch.tensor([row.to_row(5) for row in rows]))
+    assert groups == {rows[0]: [0, 2], rows[1]: [1], rows[3]: [3]}
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
