@@ -154,11 +154,12 @@ def main() -> None:
         "--out", type=Path, default=Path(__file__).parent / "results" / "serving", help="without suffix"
     )
     args = parser.parse_args()
-    import conftest
+    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
+    import conftest  # sets the number of threads that tests have
+
+    os.environ.update(conftest.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads})
     from small_models import HEAVY_TEXT, REAL_VISION, llava
 
-    threads = os.environ.get("OMP_NUM_THREADS") or str(len(os.sched_getaffinity(0)))
-    os.environ.update(conftest.ENVIRONMENT | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": threads})
     with tempfile.TemporaryDirectory() as folder:
         os.environ["VLLM_CACHE_ROOT"] = f"{folder}/cache"
         sizes = (None, None) if args.tiny else (REAL_VISION, HEAVY_TEXT)

@@ -65,8 +65,10 @@ class PruningProcessor:
         super().__init__(info, dummy_inputs, **kwargs)  # type: ignore[call-arg]
         try:
             check_budget_of(info.options.asked(None), info.most_tokens())
+            info.most_kept()
         except ValueError as error:
-            raise RuntimeError(str(error)) from error
+            message = str(error)
+            raise RuntimeError(message if message.startswith("hiprune") else f"hiprune: {message}") from error
 
     def full_tokens(self, images: Any, item: int, processed: Any) -> int:
         """Placeholders of an image where nothing is pruned."""

@@ -150,6 +150,14 @@ def test_hired_official_is_refused_for_tiles(checkpoint):
         processor(checkpoint("llava_next"), {"budget": 99, "method": "hired", "rule": "official"})
 
 
+def test_budgets_that_leave_a_tile_without_a_token_are_refused(checkpoint):
+    with pytest.raises(RuntimeError, match=r"^hiprune: budget: expected at least 5, one token for each tile"):
+        processor(checkpoint("llava_next"), {"budget": 4})
+    made = processor(checkpoint("llava_next"), {"budget": 40, "per_request": True})
+    with pytest.raises(ValueError, match=r"budget: expected at least"):
+        processed(made, "llava_next", [(300, 300)], {"budget": 4})
+
+
 def test_videos_are_refused(checkpoint):
     made = processor(checkpoint("qwen2_5_vl"), {"budget": 9})
     assert dict(made.info.get_supported_mm_limits()) == {"image": None}
