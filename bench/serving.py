@@ -147,7 +147,7 @@ def processor_name() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3, help="of all budgets (default: 3)")
+    parser.add_argument("--rounds", type=int, default=5, help="of all budgets (default: 5)")
     parser.add_argument("--tokens", type=int, default=8, help="new tokens of each of four requests (default: 8)")
     parser.add_argument("--tiny", action="store_true", help="small models, to see that it runs")
     parser.add_argument(

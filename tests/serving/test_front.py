@@ -1,5 +1,7 @@
 """Without an engine: what processors lay out, their hashes, what is refused at start, and positions."""
 
+import doctest
+import importlib
 import operator
 from types import SimpleNamespace
 
@@ -288,3 +290,9 @@ def test_positions_of_any_chunks(dtype):
 def test_a_prompt_that_ends_with_an_image():
     positions, delta = text_positions(4, [(1, 3, 10)])
     assert 4 + delta == 11 == int(positions[:, -1].max()) + 1
+
+
+@pytest.mark.parametrize("name", ["options", "qwen2_5_vl"])
+def test_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(f"hiprune_kernels.vllm.{name}"))
+    assert result.attempted and not result.failed
