@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -274,8 +275,7 @@ def measure(
     found: dict[str, Measured] = {}
     for name, method in ways.items():
         with contextlib.nullcontext() if method is None else applied(model, method):
-            _check(name, model, inputs)
-            peak = peak_mib(lambda: _prefill(model, inputs), device)
+            peak = peak_mib(functools.partial(_check, name, model, inputs), device)
             found[name] = Measured(Times(), 0, prefill_flops(model, inputs), peak, 0.0)
         step()
     for _ in range(rounds):
