@@ -186,7 +186,9 @@ def _lmms_eval() -> Iterator[Any]:
         try:
             import lmms_eval.evaluator as evaluator
         except ImportError as error:
-            missing = "is not installed" if error.name == "lmms_eval" else f"cannot be imported: {error}"
+            missing = (
+                "is not installed" if (error.name or "").startswith("lmms_eval") else f"cannot be imported: {error}"
+            )
             raise ImportError(f"lmms-eval (0.7 or newer) {missing}; {_INSTALL}") from error
         yield evaluator
 
@@ -207,7 +209,8 @@ def _tasks(args: argparse.Namespace) -> Any:
         try:
             tasks = list(_flat(get_task_dict(names, manager, "chat")))
         except Exception as error:  # files, network, formats: whatever data sets raise
-            raise ValueError(f"tasks: {args.tasks}: {type(error).__name__}: {error}") from error
+            cause = error.__cause__ or error  # lmms-eval tries again and again, and then raises that it did
+            raise ValueError(f"tasks: {args.tasks}: {type(cause).__name__}: {cause}") from error
     for name, task in tasks:
         kind = task.get_config("output_type")
         if kind != "generate_until":

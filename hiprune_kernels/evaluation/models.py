@@ -128,10 +128,7 @@ def _pruning(stock: Any, name: str) -> type:
         def generate_until(self, requests: list[Any]) -> list[Any]:
             """As lmms-eval's, but an error ends the run."""
             with _errors_raised(self.model):
-                answers = super().generate_until(requests)
-            if any(getattr(answer, "token_counts", self) is None for answer in answers):
-                raise GenerationError("lmms-eval gave an empty answer because of an error; its log says which")
-            return answers
+                return super().generate_until(requests)
 
         def loglikelihood(self, requests: list[Any]) -> list[Any]:
             from ..patch import is_patched
@@ -150,7 +147,15 @@ def _pruning(stock: Any, name: str) -> type:
 
 @contextlib.contextmanager
 def _errors_raised(model: Any) -> Iterator[None]:
-    """Whatever goes wrong in `model.generate` meanwhile is raised at the end of the block, at once."""
+    """What goes wrong meanwhile in `model.generate`, or is only logged by lmms-eval, is raised at once."""
+    from loguru import logger
+
+    def log(message: Any) -> None:
+        raise GenerationError(f"lmms-eval: {message.record['message']}")
+
+    def is_of_models(record: Any) -> bool:
+        return record["name"].startswith("lmms_eval.models.")
+
     before, generate = model.__dict__.get("generate"), model.generate
 
     def raising(*args: Any, **kwargs: Any) -> Any:
@@ -160,11 +165,13 @@ def _errors_raised(model: Any) -> Iterator[None]:
             raise _Failed from error
 
     model.generate = raising
+    sink = logger.add(log, level="ERROR", filter=is_of_models, catch=False)
     try:
         yield
     except _Failed as failed:
         raise GenerationError(f"generate: {type(failed.__cause__).__name__}: {failed.__cause__}") from failed.__cause__
     finally:
+        logger.remove(sink)
         if before is None:
             del model.generate
         else:
