@@ -212,6 +212,17 @@ def refusals(source: str, methods: Sequence[Method]) -> list[str]:
     return [refusal(shell, method) for method in methods]
 
 
+def checkpoint_config(source: str) -> tuple[str, Any]:
+    """The folder or hub id of a checkpoint that the command line was given, and its config.
+
+    Raises:
+        ValueError: if there is no such checkpoint.
+    """
+    source = _by_name(source)
+    with quiet_transformers():
+        return source, _config(source, is_local(source))
+
+
 def refusal(model: PreTrainedModel, method: Method) -> str:
     """Why a method cannot be applied to a model; "" where it can."""
     try:

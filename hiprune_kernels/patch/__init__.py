@@ -20,6 +20,7 @@ from .language import install_language
 from .late import attention_layers
 from .models import FAMILIES, ModelFamily
 from .recording import LayerScores, record_scores
+from .sharding import refuse_sharded
 from .tap import clear_taps, refuse_tapped, tap_attention
 from .vision import (
     connector_forward,
@@ -294,6 +295,7 @@ def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> Patche
             "front of the connector, and cannot be merged there once text is known, got the encoder's"
         )
     refuse_bypassed(layers[facts.feature_layer - 1], family)
+    refuse_sharded(module, [layer.get_submodule(family.attention) for layer in layers])
     return PatchedEncoder(module, family, facts, config, layers, needs, forward_names(module))
 
 

@@ -21,6 +21,7 @@ from ..methods import Stage
 from ..methods.base import merges
 from .call import Call, Run, present
 from .edits import StockModule, refuse_replaced
+from .sharding import all_heads, heads_group
 from .tap import Attention, listen_to_copy
 
 _ATTENTION = "self_attn"  # of a decoder layer, in all language models that are supported
@@ -254,7 +255,9 @@ def _probe(call: Call, kwargs: dict[str, Any], layer: int, beams: int, seen: int
             f"{name}: expected a prompt of at most {window} tokens, the sliding window of decoder layer {layer}, got "
             f"{found.query.shape[2]}"
         )
-    return found._replace(query=found.query[::beams], key=found.key[::beams])
+    group = heads_group(attention, module)  # each process would pick by some of the heads
+    query, key = (all_heads(group, states[::beams]) for states in (found.query, found.key))
+    return found._replace(query=query, key=key)
 
 
 _NOT_OF_THE_PROBE = (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .call import PATCH, bind, forward_names
 from .edits import Edits, StockModule
 from .encoders import EncoderFamily, find_encoder, locate_layers
+from .sharding import refuse_sharded
 from .tap import Attention, refuse_tapped, tap_attention
 
 
@@ -135,6 +136,7 @@ def record_scores(encoder: nn.Module, layers: str | Sequence[int] = "all") -> It
             "encoder: it is patched, and a pruned forward has no scores of every layer; call remove_hiprune first"
         )
     attentions = [module.get_submodule(family.attention) for module in modules]
+    refuse_sharded(encoder, attentions)
     refuse_tapped(attentions)
     recording = _Recording(LayerScores({layer: [] for layer in wanted}))
     recording.scores.num_prefix_tokens = family.kind.num_prefix_tokens(config)
