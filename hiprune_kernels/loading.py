@@ -158,7 +158,8 @@ def _trained_dinov2(
         _needs_of(shell, method)
     encoder: StockModule = focus.load()
     model = encoder.to(device=device, dtype=torch.float32 if dtype == "auto" else dtype)
-    processor = default_image_processor(shell.config, side=focus.SIDE)
+    with quiet_transformers():
+        processor = default_image_processor(shell.config, side=focus.SIDE)
     return LoadedModel(model, processor, focus.NAME, False, (focus.REMARK,), focus.OBJECT_LAYER)
 
 

@@ -31,6 +31,7 @@ _BACKGROUND, _TEXT, _PADDING = (18, 18, 23), (236, 236, 240), (56, 42, 66)
 _LEAST_CELL = 28  # pixels; small images are enlarged until a token's outline and its content are both visible
 _LEAST_CELL_OF_TILES = 14  # there are many
 _LEAST_COLUMN = 176  # pixels; of a figure, so that titles and legends can be read beside narrow images
+_LAYER_WIDTH = 216  # pixels, of a map among those of all layers
 _WIDEST_ROW, _FLATTEST_ROW = 4000, 6.2  # pixels, and width over height; what is beyond goes into more rows
 _SMALLEST_FONT = 8
 
@@ -526,6 +527,37 @@ def draw_methods(
         checked = _checked_roles(roles, total, role_names)
         panels.append(_kept_panel(images, views, checked, role_names, merged, padding, width))
     return _figure(panels, titles, width)
+
+
+def draw_layers(view: View, scores: Tensor, *, colormap: str = "inferno") -> Image:
+    """Heat maps of every layer's scores over one picture, in rows: the picture, then layers 1, 2, ...
+
+    Each map's colours span its own scores, from the 1st to the 99th percentile.
+
+    Args:
+        view: the picture, and its grid of tokens.
+        scores: [L, N] finite numbers.
+        colormap: name of a matplotlib colormap.
+
+    Returns:
+        A new RGB PIL image.
+
+    Raises:
+        ValueError: if the scores do not fit the grid or are not finite, or the colormap is unknown.
+        TypeError: if the image is not a PIL image.
+        ImportError: if pillow or matplotlib is missing.
+
+    Example:
+        >>> found = analyze_image(loaded, image)
+        >>> draw_layers(found.view, found.scores).save("layers.png")
+    """
+    image, grid = _checked_image(view.image), _checked_grid(view.grid)
+    height = max(1, round(_LAYER_WIDTH * image.height / image.width))
+    small = image.resize((_LAYER_WIDTH, height), optional_import("PIL.Image").Resampling.LANCZOS)
+    checked = [_checked_scores(f"scores[{i}]", values, grid) for i, values in enumerate(scores)]
+    maps = [_score_panel(small, values, grid, colormap, _span(values)) for values in checked]
+    titles = ["what the model sees", *(f"layer {layer}" for layer in range(1, len(maps) + 1))]
+    return _figure([small, *maps], titles, _LAYER_WIDTH)
 
 
 def _prepared(

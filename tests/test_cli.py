@@ -28,7 +28,7 @@ from hiprune_kernels.patch.encoders import ENCODERS
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {info,check,prune,compare,run,quality,eval,demo}"),
+        ([], "required: {info,check,prune,compare,run,bench,analyze,calibrate,quality,eval,demo}"),
         (["prune"], "required: IMAGE"),
         (["draw"], "invalid choice: 'draw'"),
         (["prune", "PHOTO", "--budget", "many"], "--budget: invalid int value: 'many'"),

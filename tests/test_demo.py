@@ -9,7 +9,7 @@ import torch
 from models import tiny_clip_config
 from PIL import Image
 
-from hiprune_kernels import cli, demo, is_patched, reference
+from hiprune_kernels import cli, demo, efficiency, is_patched, reference
 from hiprune_kernels.demo_answers import WAYS as ANSWERED
 from hiprune_kernels.loading import load_encoder
 
@@ -67,7 +67,12 @@ def test_kept_tokens_equal_the_float64_reference(finished):
 def test_report_and_pictures_are_written(finished):
     out, report, printed = finished
     text = (out / "report.md").read_text()
-    assert sorted(path.name for path in out.iterdir()) == ["answers.png", "astronaut.png", "report.json", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["answers.png", "astronaut.png", "report.json", "report.md", *report["trained"]["pictures"].values()]
+    )
+    assert report["trained"]["note"] in text and report["trained"]["note"] in printed
+    assert len(report["trained"]["pictures"]) == (0 if "Nothing of a trained" in printed else 2)
+    assert all(f"({name})" in text for name in report["trained"]["pictures"].values())
     answers = report["answers"]
     assert [way["way"] for way in answers["ways"]] == list(ANSWERED) and answers["questions"] == 27
     whole, *_, random = (way["accuracy"] for way in answers["ways"])
@@ -157,15 +162,15 @@ def test_disagreement_is_reported_with_the_gap():
 
 def test_memory_is_not_available_where_linux_does_not_tell(monkeypatch, finished):
     _, report, _ = finished
-    assert any(row["peak_mib"] is not None for row in report["rows"]) == (demo._reset_peak() is not None)
+    assert any(row["peak_mib"] is not None for row in report["rows"]) == (efficiency.reset_peak() is not None)
 
     def refused(self, *args, **kwargs):
         raise OSError("no such file")
 
     monkeypatch.setattr(demo.Path, "write_text", refused)
-    assert demo._reset_peak() is None
+    assert efficiency.reset_peak() is None
     monkeypatch.setattr(demo.Path, "read_text", refused)
-    assert demo._memory_kib("VmRSS") is None
+    assert efficiency.memory_kib("VmRSS") is None
     row = demo._row("sdpa", {WAYS[0]: [_run()], "sdpa": [_run()]}, 36)
     assert row.peak_mib is None and demo.table_rows({"rows": [vars(row)]})[0][3] == "n/a"
 
@@ -175,12 +180,12 @@ def _run():
 
 
 def test_peak_memory_sees_what_was_held_for_a_moment():
-    held = demo._reset_peak()
+    held = efficiency.reset_peak()
     if held is None:
         pytest.skip("this system does not let a process reset its memory high-water mark")
     block = torch.ones(64 * 2**20 // 4)  # 64 MiB
     del block
-    grown = (demo._memory_kib("VmHWM") - held) / 1024
+    grown = (efficiency.memory_kib("VmHWM") - held) / 1024
     assert 60 < grown < 120
 
 

