@@ -21,7 +21,7 @@ from typing import Any
 
 from .cli_common import DTYPES, aligned, check_writable, checked_device, method_from, progress, replacing
 from .evaluation import paper
-from .evaluation.models import STOCK, model_class
+from .evaluation.models import STOCK, GenerationError, model_class
 from .methods import METHODS, Method
 
 _INSTALL = "pip install 'hiprune-kernels[eval]'"
@@ -164,14 +164,15 @@ def _model(args: argparse.Namespace, entries: Sequence[Entry]) -> tuple[str, str
         raise ValueError(f"batch-size: expected 1, as lmms-eval's {name} takes no more, got {args.batch_size}")
     if args.dtype is not None and not STOCK[name].takes_dtype:
         raise ValueError(f"dtype: expected none, as lmms-eval's {name} takes the checkpoint's, got {args.dtype}")
-    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2 if name == "llava_hf" else None
-    methods = [entry.method for entry in entries if entry.method is not None]
-    for entry, reason in zip([entry for entry in entries if entry.method is not None], refusals(source, methods)):
+    pruned = [(entry.label, entry.method) for entry in entries if entry.method is not None]
+    for (label, _), reason in zip(pruned, refusals(source, [method for _, method in pruned])):
         if reason:
-            raise ValueError(f"methods: {entry.label}: {reason}")
-        budget = entry.method.budget if entry.method is not None else None
-        if config.model_type == "llava" and tokens is not None and budget is not None and budget > tokens:
-            raise ValueError(f"budgets: expected 1 to {tokens}, the tokens of an image, got {budget}")
+            raise ValueError(f"methods: {label}: {reason}")
+    if config.model_type == "llava":  # whose images all have the same number of tokens
+        tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+        most = max(method.budget or 1 for _, method in pruned)
+        if most > tokens:
+            raise ValueError(f"budgets: expected 1 to {tokens}, the tokens of an image, got {most}")
     options: dict[str, Any] = {"device": args.device, "device_map": args.device, "batch_size": args.batch_size}
     return source, name, options if args.dtype is None else {**options, "dtype": args.dtype}
 
@@ -231,7 +232,7 @@ def _run(args: argparse.Namespace, entries: Sequence[Entry], model: Any, lmms_ev
     for i, entry in enumerate(entries):
         begun = time.perf_counter()
         model.prune(entry.method)
-        with progress(f"{i + 1} of {len(entries)}: {_title(entry)} {entry.label}"):
+        with _errors_of_input(entry), progress(f"{i + 1} of {len(entries)}: {_title(entry)} {entry.label}"):
             results = lmms_eval.simple_evaluate(
                 model=model,
                 tasks=[name.strip() for name in args.tasks.split(",")],
@@ -244,6 +245,17 @@ def _run(args: argparse.Namespace, entries: Sequence[Entry], model: Any, lmms_ev
             )
         done.append(Done(entry, _figures(results), time.perf_counter() - begun, results))
     return done
+
+
+@contextlib.contextmanager
+def _errors_of_input(entry: Entry) -> Iterator[None]:
+    """What a method refuses of an image, such as a budget below its number of tiles, is wrong input."""
+    try:
+        yield
+    except GenerationError as error:
+        if isinstance(error.__cause__, ValueError):
+            raise ValueError(f"{_title(entry)} {entry.label}: {error.__cause__}") from error
+        raise
 
 
 # ----------------------------------------------------------------------------------------------------------- figures

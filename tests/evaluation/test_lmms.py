@@ -2,7 +2,9 @@
 
 import functools
 import json
+import math
 
+import checkpoints
 import digits_task
 import pytest
 import torch
@@ -10,6 +12,7 @@ from lmms_eval import evaluator, models
 from lmms_eval.api.instance import Instance
 from lmms_eval.tasks import TaskManager
 from PIL import Image
+from transformers import AutoModelForImageTextToText
 
 import hiprune_kernels as hk
 from hiprune_kernels import cli_eval
@@ -144,6 +147,39 @@ def test_pruning_comes_and_goes(task, lmms):
     with pytest.raises(ValueError, match="output_type generate_until"):
         lmms.loglikelihood([request])
     lmms.prune(None)
+
+
+@pytest.mark.parametrize("model_type", ["llava_next", "llava_onevision", "internvl", "qwen2_5_vl", "qwen3_vl"])
+def test_each_family_generates_what_apply_hiprune_does(task, tmp_path, model_type):
+    folder, _ = task
+    (name,) = (name for name, stock in STOCK.items() if model_type in stock.model_types)
+    path, method = checkpoints.save(model_type, tmp_path), hk.HiPrune(budget=12)
+    pruned = model_class(name)(pretrained=str(path), budget=12, **ON_CPU)
+    pruned.stays_loaded, generate, calls = True, pruned.model.generate, []
+
+    def recorded(**inputs):
+        calls.append((inputs, generate(**inputs)))
+        return calls[-1][1]
+
+    pruned.model.generate = recorded
+    evaluate(pruned, folder, limit=2)
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=pruned.model.dtype).eval()
+    assert len(calls) == 2
+    whole = [model.generate(**inputs) for inputs, _ in calls]
+    hk.apply_method(model, method)
+    for (inputs, found), unpruned in zip(calls, whole):
+        assert torch.equal(found, model.generate(**inputs)) and not torch.equal(found, unpruned)
+        assert all(len(selection.indices) < math.prod(selection.grid) for selection in hk.last_selection(model))
+
+
+def test_a_budget_that_an_image_refuses_is_one_line(task, tmp_path, capsys):
+    folder, _ = task
+    path = checkpoints.save("llava_next", tmp_path)
+    capsys.readouterr()
+    command = ["eval", "--model", str(path), "--tasks", "digits", "--include-path", str(folder), "--limit", "1"]
+    assert main([*command, "--budgets", "1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("hiprune eval: 1 tokens hiprune: budget: expected at least ")
 
 
 @pytest.mark.parametrize(
