@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -184,7 +184,7 @@ def analyze_image(loaded: LoadedModel, image: Image, *, layers: Sequence[int] = 
     handles = [modules[layer - 1].register_forward_hook(keep(layer)) for layer in layers]
     try:
         with record_scores(loaded.model) as recorded, torch.inference_mode(), quiet_transformers():
-            _encode(loaded.model, look.inputs)
+            encode(loaded.model, look.inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -205,8 +205,8 @@ def analyze_image(loaded: LoadedModel, image: Image, *, layers: Sequence[int] = 
     )
 
 
-def _encode(model: Any, inputs: dict[str, Any]) -> None:
-    """The vision side of a forward."""
+def encode(model: Any, inputs: Mapping[str, Any]) -> None:
+    """The vision side of a forward, by stock code."""
     if not hasattr(model.config, "text_config"):
         model(**inputs)
         return

@@ -97,7 +97,7 @@ def run_bench(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads or threads)
     try:
         model, inputs, name = _load(args, ways, _noise() if image is None else image)
-        with progress_bar((args.rounds + 1) * len(ways), "measuring") as step, quiet_transformers():
+        with progress_bar((args.rounds + 1) * (len(ways) + 1), "measuring") as step, quiet_transformers():
             found = measure(model, inputs, ways, rounds=args.rounds, new_tokens=args.new_tokens, step=step)
         result = _result(found, args, name, inputs)
     finally:
@@ -200,8 +200,10 @@ def _repeated(value: Any, batch: int) -> Any:
 def _result(found: dict[str, Measured], args: argparse.Namespace, name: str, inputs: dict[str, Any]) -> dict[str, Any]:
     import torch
 
+    from .efficiency import RELEASED
     from .environment import environment
 
+    released = found.pop(RELEASED)
     rows = []
     first = found[UNPRUNED].times.medians()["first_token"]
     for way, measured in found.items():
@@ -232,6 +234,8 @@ def _result(found: dict[str, Measured], args: argparse.Namespace, name: str, inp
         "rounds": args.rounds,
         "environment": environment(),
         "rows": rows,
+        "released_encoder_seconds": released.times.medians()["encoder"],
+        "released_encoder_peak_mib": released.peak_mib,
     }
 
 
@@ -281,6 +285,7 @@ def _remarks(result: dict[str, Any]) -> list[str]:
     lines = [
         "Encoder: with scores, and selection where that is inside. Connector: what lies between it and the language "
         "model. Prefill: from there to the first token. Peak: above what is held before, of one prefill.",
+        f"The released codes' vision side, eager with the attention matrices of all layers: {_released(result)}.",
         *without_gain(pairs),
     ]
     if result["config"] in ("llava-next-7b", "llava-next-13b") or "llava_next" in str(result["model"]):
@@ -288,6 +293,14 @@ def _remarks(result: dict[str, Any]) -> list[str]:
         lines.append("  " + ", ".join(str(column) for column in PAPER["columns"]))
         lines += ["  " + ", ".join(map(str, row)) for row in PAPER["rows"]]
     return lines
+
+
+def _released(result: dict[str, Any]) -> str:
+    """Its time, and beside what it stands; its memory."""
+    seconds, peak = result["released_encoder_seconds"], result["released_encoder_peak_mib"]
+    ours = [row["encoder_seconds"] + row["connector_seconds"] for row in result["rows"]]
+    ratios = ", ".join(f"{seconds / own:.2f} times that of {row['way']}" for own, row in zip(ours, result["rows"]))
+    return f"{1e3 * seconds:.1f} ms, {ratios}" + ("" if peak is None else f"; peak {peak:.0f} MiB")
 
 
 def _markdown(result: dict[str, Any]) -> str:

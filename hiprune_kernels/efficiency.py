@@ -20,12 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula, sdpa_flop_count
 
+from .analysis import encode
 from .methods import Method, Picks, Seen, options_of
 from .methods.base import merges
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+RELEASED = "released code's encoder"
 TEXT_TOKENS = 48  # of a prompt beside the image's, where there is no question
 
 
@@ -169,9 +171,7 @@ class _Clock:
         self.prompt_tokens = 0
 
     def now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+        return _now(self.device)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -241,6 +241,43 @@ def clocked(method: Method, spent: list[float], now: Callable[[], float]) -> Met
     return kind(**{option: getattr(method, option) for option in options_of(cls)})
 
 
+@contextlib.contextmanager
+def as_released(model: Any) -> Iterator[None]:
+    """The vision encoder as the released codes run it: eager attention, and the matrices of all layers are kept."""
+    from .patch import FAMILIES
+    from .patch.encoders import find_encoder
+
+    kept: list[Tensor] = []
+
+    def keep(module: Any, args: Any, output: Any) -> None:
+        if isinstance(output, tuple) and isinstance(output[-1], Tensor):
+            kept.append(output[-1])
+
+    family = FAMILIES[model.config.model_type]
+    with contextlib.ExitStack() as undo:
+        undo.callback(kept.clear)
+        for encoder in family.encoders(family.host(model)):
+            kind, config, layers = find_encoder(encoder)
+            undo.callback(setattr, config, "_attn_implementation", config._attn_implementation)
+            config._attn_implementation = "eager"
+            for layer in layers:
+                undo.callback(layer.get_submodule(kind.attention).register_forward_hook(keep).remove)
+        yield
+
+
+def _released_seconds(model: Any, inputs: Mapping[str, Any]) -> float:
+    with as_released(model), torch.inference_mode():
+        begun = _now(model.device)
+        encode(model, inputs)
+        return _now(model.device) - begun
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def measure(
     model: PreTrainedModel,
     inputs: Mapping[str, Any],
@@ -250,7 +287,7 @@ def measure(
     new_tokens: int = 8,
     step: Callable[[], None] = lambda: None,
 ) -> dict[str, Measured]:
-    """Measure `generate()` in several ways, side by side.
+    """Measure `generate()` in several ways, side by side, and the encoder as the released codes run it.
 
     Every way runs once first, where memory and operations are counted; then all take turns on the clock.
 
@@ -260,7 +297,10 @@ def measure(
         ways: by name, a method, or None for the model as it is.
         rounds: of all ways.
         new_tokens: that each run generates.
-        step: called after every run: (rounds + 1) times the number of ways.
+        step: called after every run: (rounds + 1) times the number of ways and one.
+
+    Returns:
+        By name; under `RELEASED` the time of the whole vision side (as `encoder`) and its memory, nothing else.
 
     Raises:
         RuntimeError: if a way's logits are not finite.
@@ -278,7 +318,12 @@ def measure(
             peak = peak_mib(functools.partial(_check, name, model, inputs), device)
             found[name] = Measured(Times(), 0, prefill_flops(model, inputs), peak, 0.0)
         step()
+    peak = peak_mib(functools.partial(_released_seconds, model, inputs), device)
+    released = Measured(Times(), 0, 0, peak, 0.0)
+    step()
     for _ in range(rounds):
+        released.times.encoder.append(_released_seconds(model, inputs))
+        step()
         for name, method in ways.items():
             selecting: list[float] = []
             clock = _Clock(model, selecting)
@@ -290,7 +335,7 @@ def measure(
             found[name].prompt_tokens = clock.prompt_tokens
             found[name].cache_mib = clock.prompt_tokens * _cache_bytes(model, inputs) / 2**20
             step()
-    return found
+    return {**found, RELEASED: released}
 
 
 def _prefill(model: Any, inputs: Mapping[str, Any]) -> Any:
@@ -348,12 +393,14 @@ def _repeated(value: Any, batch: int) -> Any:
 
 def without_gain(found: Sequence[tuple[str, float]]) -> list[str]:
     """What to say of ratios of the time to the first token, (name, ratio): where pruning pays, and where not."""
+    paying = [name for name, ratio in found if ratio < 0.98]
     lines = [
         f"{name}: pruning does not pay here, the first token takes {ratio:.2f} times as long"
         for name, ratio in found
         if ratio >= 0.98
     ]
-    paying = [name for name, ratio in found if ratio < 0.98]
     if lines and paying:
         lines.append(f"it pays with {', '.join(paying)}")
+    if lines and not paying:
+        lines.append("none of these budgets pays: what is saved grows with the image's share of the prompt's tokens")
     return lines

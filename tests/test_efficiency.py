@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText
 
 import hiprune_kernels as hk
 from hiprune_kernels import cli, cli_bench, efficiency, sizes
+from hiprune_kernels.patch.encoders import find_encoder
 from hiprune_kernels.processing import default_image_processor, vision_inputs
 from hiprune_kernels.quality import checkpoint
 
@@ -77,7 +78,9 @@ def test_parts_add_up(saved, model_type):
     ways = {"all": None, "a": hk.HiPrune(retention=0.3), "b": hk.DivPrune(retention=0.3), "c": hk.FastV(retention=0.3)}
     steps = []
     found = efficiency.measure(model, inputs, ways, rounds=2, new_tokens=3, step=lambda: steps.append(0))
-    assert len(steps) == 3 * len(ways) and not hk.is_patched(model)
+    assert len(steps) == 3 * (len(ways) + 1) and not hk.is_patched(model)
+    released = found.pop(efficiency.RELEASED)
+    assert len(released.times.encoder) == 2 and min(released.times.encoder) > 0 and released.times.prefill == []
     length = inputs["input_ids"].shape[1]
     for name, measured in found.items():
         times = measured.times
@@ -103,12 +106,33 @@ def test_logits_that_are_not_finite_are_an_error(saved):
         efficiency.measure(model, efficiency.with_text(inputs, 60), {"all": None}, rounds=1)
 
 
+@pytest.mark.parametrize("model_type", ["llava", "llava_next", "qwen2_5_vl"])
+def test_the_released_codes_encoder(saved, model_type, monkeypatch):
+    """Eager, with a matrix of each layer kept where attention returns it; afterwards all is as before."""
+    model = AutoModelForImageTextToText.from_pretrained(saved(model_type), dtype=torch.float32).eval()
+    inputs = vision_inputs(model, default_image_processor(model.config), Image.new("RGB", (60, 60)), language=True)
+    family, config, layers = find_encoder(model)
+    before, seen = config._attn_implementation, []
+    attention = layers[0].get_submodule(family.attention)
+    handle = attention.register_forward_hook(
+        lambda module, args, output: seen.append(module.config._attn_implementation)
+    )
+    own = len(attention._forward_hooks)  # this one, and transformers' where it captures outputs
+    with efficiency.as_released(model), torch.no_grad():
+        assert len(attention._forward_hooks) == own + 1
+        efficiency.encode(model, inputs)
+    handle.remove()
+    assert before == "sdpa" == config._attn_implementation and set(seen) == {"eager"}
+    assert len(attention._forward_hooks) == own - 1
+
+
 def test_where_it_does_not_pay():
     assert efficiency.without_gain([("a", 0.5), ("b", 0.9)]) == []
     assert efficiency.without_gain([("a", 1.02), ("b", 0.9)]) == [
         "a: pruning does not pay here, the first token takes 1.02 times as long",
         "it pays with b",
     ]
+    assert efficiency.without_gain([("a", 1.5)])[-1].startswith("none of these budgets pays: ")
 
 
 @pytest.mark.parametrize(
@@ -159,12 +183,14 @@ def test_command(capsys, saved, tmp_path):
     found = json.loads(capsys.readouterr().out)
     assert [row["way"] for row in found["rows"]] == ["all tokens", "hiprune 9", "hiprune 4", "random 9", "random 4"]
     whole, nine, four, *_ = found["rows"]
+    assert found["released_encoder_seconds"] > 0
     assert (
         whole["prompt_tokens"] - nine["prompt_tokens"] == 36 - 9 and nine["prompt_tokens"] - four["prompt_tokens"] == 5
     )
     assert whole["first_token_ratio"] == 1 and nine["tflops"] < whole["tflops"]
     assert json.loads((tmp_path / "llava.json").read_text()) == found
     text = (tmp_path / "llava.md").read_text()
+    assert "attention matrices of all layers: " in text and "times that of hiprune 9" in text
     assert "| hiprune 9 |" in text and found["environment"]["versions"]["torch"] in text and "2 prompts of" in text
     with Image.open(tmp_path / "llava.png") as picture:
         assert picture.width > 500
