@@ -26,6 +26,7 @@ matrix: $(SETUP)
 	.ci/matrix $(ARGS)
 
 bench: $(SETUP)
+	@mkdir -p out
 	$(BIN)/python -m pytest bench --benchmark-quiet --benchmark-json out/bench.json $(ARGS)
 
 gpu:

@@ -43,8 +43,8 @@ def sweep_figure(name: str, rows: list[dict[str, Any]]) -> Any:
         for implementation, milliseconds in row["extra_info"]["median_ms"].items():
             lines[implementation].append((row["extra_info"]["sweep"]["at"], milliseconds))
     for implementation, points in lines.items():
-        floor = implementation.startswith("floor")
-        style = {"color": "gray", "linestyle": ":"} if floor else {"marker": "o"}
+        alone = implementation.endswith("alone")
+        style = {"color": "gray", "linestyle": ":"} if alone else {"marker": "o"}
         if implementation == "ours":
             style |= {"color": "black", "linewidth": 2.5}
         axes.plot(*zip(*points), label=implementation, **style)

@@ -27,7 +27,7 @@ def row(name, median_ms, sweep=None):
 def report(tmp_path):
     sweep = {"figure": "attention over N", "of": "tokens N"}
     rows = [row("a[x]", {"ours": 2.0, "sdpa": 3.0}), row("a[y]", {"ours": 4.0, "eager": 40.0})]
-    rows += [row(f"b[{n}]", {"ours": n / 64, "floor: products": n / 128}, sweep | {"at": n}) for n in (256, 64)]
+    rows += [row(f"b[{n}]", {"ours": n / 64, "products alone": n / 128}, sweep | {"at": n}) for n in (256, 64)]
     found = {
         "machine_info": {"cpu": {"brand_raw": "A processor"}},
         "commit_info": {"id": "0123456789abcdef"},
@@ -57,7 +57,7 @@ def test_lines_of_a_sweep_are_in_order(report):
     (axes,) = plots.sweep_figure("attention over N", found).axes
     lines = {line.get_label(): line for line in axes.get_lines()}
     assert list(lines["ours"].get_xdata()) == [64, 256] and list(lines["ours"].get_ydata()) == [1.0, 4.0]
-    assert lines["floor: products"].get_linestyle() == ":"
+    assert lines["products alone"].get_linestyle() == ":"
 
 
 def test_other_files_are_refused(report, tmp_path):
