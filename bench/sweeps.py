@@ -2,8 +2,8 @@
 
 pytest bench/sweeps.py --benchmark-json out/sweeps.json && python -m bench.plots out/sweeps.json --out out/sweeps
 
-Beside it stands what is inside: the two matrix products by PyTorch, into memory that is there already, and the gather. In
-float32 these products alone are slower than the fused kernel, which keeps its strip of the matrix in the L2 cache.
+Beside it stands what is inside: the two matrix products by PyTorch, into memory that is there already, and the gather.
+In float32 these products alone are slower than the fused kernel, which keeps its strip of the matrix in the L2 cache.
 """
 
 import pytest
