@@ -105,6 +105,17 @@ ENCODERS = {  # config.model_type of the vision encoder -> what is known
     "glm4v_moe_vision": _QWEN._replace(name="GLM-4V-MoE"),
 }
 
+
+def encoder_type(config: Any) -> str:
+    """The key in `ENCODERS` of a vision encoder's config.
+
+    Checkpoints that an older transformers saved say the whole model's type in the encoder's config too ("qwen2_5_vl"),
+    and some releases keep it. Then the type of the config's class counts.
+    """
+    found: str = config.model_type
+    return found if found in ENCODERS else getattr(type(config), "model_type", found)
+
+
 _LINEAR = "linear attention takes no padding: in a later turn with images all rows must keep as many tokens"
 _FRAMES = "the budget is shared out equally among a video's frames; a call takes images or videos, not both"
 

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from transformers.utils.import_utils import is_torchvision_available
 
+from .facts import encoder_type
 from .patch.edits import StockModule
 from .patch.encoders import ENCODERS
 
@@ -61,7 +62,7 @@ def load_processor(source: str, config: Any, *, answers: bool = False, **where: 
         return processor, (remark,) if hasattr(config, "text_config") else ()
     except (OSError, ValueError):
         vision = getattr(config, "vision_config", config)
-        kind, side = ENCODERS[vision.model_type].kind.name, image_side(vision)
+        kind, side = ENCODERS[encoder_type(vision)].kind.name, image_side(vision)
         size = "" if side is None else f" at {side} px"
         remark = f"{source} has no image processor: images are prepared as for {kind}{size}"
         return default_image_processor(config), (remark,)
@@ -107,7 +108,7 @@ def image_side(vision: Any) -> int | None:
 def default_image_processor(config: Any, *, side: int | None = None) -> Any:
     """The image processor that models of this type have, with the sizes of this config, or another side."""
     vision = getattr(config, "vision_config", config)
-    kind, side = vision.model_type, image_side(vision) if side is None else side
+    kind, side = encoder_type(vision), image_side(vision) if side is None else side
     if side is None:
         sizes = {"patch_size": vision.patch_size, "merge_size": vision.spatial_merge_size}
         name = "Glm4vImageProcessor" if kind.startswith("glm") else "Qwen2VLImageProcessor"

@@ -81,6 +81,17 @@ def test_on_and_off(case):
     assert torch.equal(run(model, inputs), stock_logits) and torch.equal(tokens(model, inputs), tokens(stock, inputs))
 
 
+def test_an_encoders_config_that_says_the_models_type(case):
+    """Checkpoints of older releases have it so ("qwen2_5_vl" in the vision config), and some releases keep it."""
+    stock, inputs, pruned_logits, _ = case
+    model = copy.deepcopy(stock)
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is model.config.vision_config:
+            config.model_type = model.config.model_type
+    assert torch.equal(run(apply_hiprune(model, retention=SHARE), inputs), pruned_logits)
+
+
 def test_a_budget_for_everything_is_the_stock_model(case):
     stock, inputs, _, _ = case
     for options in ({"retention": 1.0}, {"budget": 100_000}):

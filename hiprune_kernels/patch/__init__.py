@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..facts import EncoderFacts
+from ..facts import EncoderFacts, encoder_type
 from ..methods import HiPrune, Method, Selection, Stage
 from ..methods.base import checked_needs, merges
 from .call import PATCH, Patch, PatchedEncoder, forward_names
@@ -280,7 +280,7 @@ def _prepare_encoder(module: nn.Module, method: Method, **around: Any) -> Patche
         raise ValueError(f"model: expected a transformers.PreTrainedModel for its vision, got {type(module).__name__}")
     family, config, layers = find_encoder(module)
     facts = EncoderFacts(
-        config.model_type,
+        encoder_type(config),
         family.kind,
         depth=len(layers),
         num_prefix_tokens=family.kind.num_prefix_tokens(config),

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..facts import ENCODERS, MODELS, EncoderFacts
+from ..facts import ENCODERS, MODELS, EncoderFacts, encoder_type
 from ..methods import METHODS, HiPrune, HiRED, Method, Needs, TokenLayout, options_of
 from ..methods.base import checked_kept, checked_needs
 
@@ -116,13 +116,14 @@ def encoder_facts(hf_config: Any) -> EncoderFacts:
     """What is known of the vision encoder in a model's config."""
     vision, text = hf_config.vision_config, hf_config.get_text_config()
     model = MODELS[hf_config.model_type]
-    if vision.model_type not in ENCODERS:
+    kind_of_tower = encoder_type(vision)
+    if kind_of_tower not in ENCODERS:
         known = "clip_vision_model or qwen2_5_vl_vision"
-        raise ValueError(f"vision_config: expected {known}, got {vision.model_type}")
-    kind = ENCODERS[vision.model_type]
+        raise ValueError(f"vision_config: expected {known}, got {kind_of_tower}")
+    kind = ENCODERS[kind_of_tower]
     depth = vision.depth if kind.merges_rows else vision.num_hidden_layers
     return EncoderFacts(
-        vision.model_type,
+        kind_of_tower,
         kind,
         depth=depth,
         feature_layer=depth if kind.merges_rows else _feature_layer(hf_config, depth),

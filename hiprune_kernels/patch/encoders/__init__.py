@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from ...facts import encoder_type
 from ..edits import StockModule
 from . import qwen, vit
 from .family import EncoderFamily
@@ -35,7 +36,8 @@ def locate_layers(model: nn.Module) -> tuple[EncoderFamily, StockModule]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        family = ENCODERS.get(getattr(getattr(module, "config", None), "model_type", ""))
+        config = getattr(module, "config", None)
+        family = ENCODERS.get(encoder_type(config)) if hasattr(config, "model_type") else None
         if family is None or type(module).__name__ in family.not_in:
             continue
         if isinstance(_descend(module, family.layers), nn.ModuleList):

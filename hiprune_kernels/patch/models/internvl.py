@@ -7,7 +7,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ...facts import MODELS
+from ...facts import MODELS, encoder_type
 from ...methods import TokenLayout
 from ...methods.base import Grid
 from ..call import Call
@@ -22,7 +22,7 @@ TEXT_MODELS = (*llava.TEXT_MODELS, "qwen3")
 
 
 def _check(host: StockModule) -> None:
-    vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
+    vision, text = encoder_type(host.config.vision_config), host.config.text_config.model_type
     if vision != "internvl_vision":
         raise ValueError(f"model: expected a vision tower of type internvl_vision, got {vision!r}")
     if text not in TEXT_MODELS:

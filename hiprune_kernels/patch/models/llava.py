@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...facts import MODELS
+from ...facts import MODELS, encoder_type
 from ..call import Call
 from ..edits import StockModule
 from .family import ModelFamily
@@ -20,7 +20,7 @@ def llava_host(model: StockModule) -> StockModule:
 
 def check_parts(host: StockModule) -> None:
     """Raise ValueError unless the vision tower and the text model are supported."""
-    vision, text = host.config.vision_config.model_type, host.config.text_config.model_type
+    vision, text = encoder_type(host.config.vision_config), host.config.text_config.model_type
     if vision not in VISION_TOWERS:
         raise ValueError(f"model: expected a vision tower of type {', '.join(VISION_TOWERS)}, got {vision!r}")
     if text not in TEXT_MODELS:
