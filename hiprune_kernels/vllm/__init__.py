@@ -15,7 +15,12 @@ from typing import Any
 ARCHITECTURES = {  # vLLM's name -> the class that takes its place
     "LlavaForConditionalGeneration": "hiprune_kernels.vllm.llava:Llava",
     "LlavaNextForConditionalGeneration": "hiprune_kernels.vllm.llava_next:LlavaNext",
+    "Qwen2VLForConditionalGeneration": "hiprune_kernels.vllm.qwen2_vl:Qwen2VL",
     "Qwen2_5_VLForConditionalGeneration": "hiprune_kernels.vllm.qwen2_5_vl:Qwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "hiprune_kernels.vllm.qwen3_vl:Qwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "hiprune_kernels.vllm.qwen3_vl:Qwen3VLMoe",
+    "Qwen3_5ForConditionalGeneration": "hiprune_kernels.vllm.qwen3_vl:Qwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "hiprune_kernels.vllm.qwen3_vl:Qwen3_5Moe",
 }
 RELEASES = ("0.32",)  # of vLLM, whose internals this was written for
 

@@ -48,7 +48,9 @@ class PruningInfo:
         return self.kept_of(self.most_tokens(), self.get_image_size_with_most_features(), self.options.asked(None))  # type: ignore[attr-defined]
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
-        return {"image": super().get_supported_mm_limits()["image"]}  # type: ignore[misc]
+        # Zero for the others, not left out: stock classes look them up.
+        limits: Mapping[str, int | None] = super().get_supported_mm_limits()  # type: ignore[misc]
+        return {modality: limit if modality == "image" else 0 for modality, limit in limits.items()}
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int] | None:
         if not mm_counts.get("image", 0):

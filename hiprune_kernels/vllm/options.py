@@ -118,7 +118,7 @@ def encoder_facts(hf_config: Any) -> EncoderFacts:
     model = MODELS[hf_config.model_type]
     kind_of_tower = encoder_type(vision)
     if kind_of_tower not in ENCODERS:
-        known = "clip_vision_model or qwen2_5_vl_vision"
+        known = "clip_vision_model or a Qwen-VL's"
         raise ValueError(f"vision_config: expected {known}, got {kind_of_tower}")
     kind = ENCODERS[kind_of_tower]
     depth = vision.depth if kind.merges_rows else vision.num_hidden_layers
@@ -178,8 +178,6 @@ def _refuse(name: str, method: Method, needs: Needs, facts: EncoderFacts) -> Non
     region = needs.region_features
     if region is not None and not (region == facts.feature_layer and facts.has_cls):
         raise ValueError(f"method: expected one without features of regions, got {name!r}")
-    if needs.keys and facts.kind.merges_rows:
-        raise ValueError(f"method: expected one that does not read keys of {facts.name}, got {name!r}")
 
 
 def check_budget_of(asked: Asked, most: int) -> None:

@@ -31,14 +31,15 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
-    """Folders of checkpoints, by the names of the functions that make them."""
+    """Folders of checkpoints, by the types of their models."""
     import small_models
 
     made = {}
 
     def of(name):
         if name not in made:
-            made[name] = getattr(small_models, name)(tmp_path_factory.mktemp(name))
+            folder = tmp_path_factory.mktemp(name)
+            made[name] = small_models.MAKERS[name](folder)
         return made[name]
 
     return of

@@ -63,7 +63,7 @@ def inputs(request):
 def answers(llm, requests):
     from vllm import SamplingParams
 
-    sampling = SamplingParams(max_tokens=TOKENS, temperature=0, ignore_eos=True, logprobs=1)
+    sampling = SamplingParams(max_tokens=TOKENS, min_tokens=TOKENS, temperature=0, logprobs=1)
     outputs = llm.generate([inputs(request) for request in requests], sampling, use_tqdm=False)
     return [
         {

@@ -64,12 +64,12 @@ def _answer(model, config, fast, pictures, request: dict) -> dict:
     prompt, given = request["prompt"], {}
     if images := [picture(*image) for image in request.get("images") or ()]:
         given = dict(pictures(images, return_tensors="pt"))
-        placeholder = IMAGE_PAD if config.model_type == "qwen2_5_vl" else "<image>"
+        placeholder = IMAGE_PAD if config.model_type.startswith("qwen") else "<image>"
         for count in _placeholders(model, config, given):
             prompt = prompt.replace(placeholder, "\0" * count, 1)
         prompt = prompt.replace("\0", placeholder)
     ids = fast(prompt, return_tensors="pt")["input_ids"]
-    if images and config.model_type == "qwen2_5_vl":
+    if images and config.model_type.startswith("qwen"):
         given["mm_token_type_ids"] = (ids == config.image_token_id).long()
     with torch.no_grad():
         output = model.generate(
@@ -89,7 +89,7 @@ def _answer(model, config, fast, pictures, request: dict) -> dict:
 
 def _placeholders(model, config, given: dict) -> list[int]:
     """How many placeholders each image has where nothing is pruned."""
-    if config.model_type == "qwen2_5_vl":
+    if config.model_type.startswith("qwen"):
         return [int(grid.prod()) // 4 for grid in given["image_grid_thw"]]
     vision = config.vision_config
     tokens = (vision.image_size // vision.patch_size) ** 2

@@ -1,10 +1,13 @@
 """Small checkpoints that load offline, with weights under which answers depend on the picture, and pictures."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -16,8 +19,6 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
 )
 
 CHAT = (
@@ -80,6 +81,8 @@ def spread(model: torch.nn.Module) -> torch.nn.Module:
             gain = 1.6
         elif "embed_tokens" in name:
             fan = 1
+        elif ".experts." in name:
+            fan = weight.shape[-1]
         elif "position_embedding" in name:
             fan, gain = 1, 0.5
         elif "lm_head" in name or "multi_modal_projector.linear_2" in name:
@@ -98,15 +101,19 @@ def save(model: torch.nn.Module, fast: PreTrainedTokenizerFast, folder: Path, **
     return folder
 
 
-def hub_names(folder: Path) -> None:
-    """The names that keys have in checkpoints of the hub, which vLLM reads; transformers 5 saves them without a part."""
+def as_on_the_hub(folder: Path, name: Callable[[str], str] = str, transposed: str | None = None) -> None:
+    """Rewrite a checkpoint as those of the hub are, which vLLM reads and transformers 5 does not save."""
     path = folder / "model.safetensors"
-    old, new = "vision_tower.", "vision_tower.vision_model."
     weights = {
-        name.replace(old, new, 1) if name.startswith(old) and ".vision_model." not in name else name: weight
-        for name, weight in load_file(path).items()
+        name(key): weight.mT.contiguous() if transposed and transposed in key else weight
+        for key, weight in load_file(path).items()
     }
     save_file(weights, path, metadata={"format": "pt"})
+
+
+def with_vision_model(key: str) -> str:
+    old, new = "vision_tower.", "vision_tower.vision_model."
+    return key.replace(old, new, 1) if key.startswith(old) and ".vision_model." not in key else key
 
 
 def _text(**options) -> LlamaConfig:
@@ -167,43 +174,68 @@ def _save_llava(model, fast, folder: Path, name: str, side: int, patch_size: int
     processor |= {"vision_feature_select_strategy": "default", "image_token": "<image>"}
     save(spread(model), fast, folder, preprocessor_config=pictures, processor_config=processor)
     (folder / "chat_template.jinja").write_text(CHAT)
-    hub_names(folder)
+    as_on_the_hub(folder, with_vision_model)
     return folder
 
 
-def qwen2_5_vl(folder: Path) -> Path:
-    """Qwen2.5-VL: an image of 28 h x 28 w pixels has h x w tokens."""
+_QWEN_CLASSES = {"qwen2_vl": "Qwen2VL", "qwen2_5_vl": "Qwen2_5_VL", "qwen3_vl": "Qwen3VL", "qwen3_vl_moe": "Qwen3VLMoe"}
+_QWEN_CLASSES |= {"qwen3_5": "Qwen3_5", "qwen3_5_moe": "Qwen3_5Moe"}
+_QWEN_VISION = {
+    "qwen2_vl": {"embed_dim": 128, "hidden_size": 256, "mlp_ratio": 2},
+    "qwen2_5_vl": {"hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256, "window_size": 112},
+    "qwen3": {"hidden_size": 128, "intermediate_size": 256, "out_hidden_size": 256, "num_position_embeddings": 576},
+}
+_QWEN_VISION["qwen2_5_vl"] |= {"fullatt_block_indexes": [1, 3], "tokens_per_second": 2}
+
+
+def qwen(folder: Path, kind: str) -> Path:
+    """A Qwen-VL of a type of config: an image of 28 h x 28 w pixels has h x w tokens."""
     fast = tokenizer(["<|im_start|>", "<|im_end|>", VISION_START, VISION_END, IMAGE_PAD, "<|video_pad|>"])
     text = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 128, "max_position_embeddings": 4096}
     text |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [16, 24, 24]}}
     text |= {"bos_token_id": 1, "eos_token_id": 2, "layer_types": ["full_attention"] * 2, "use_sliding_window": False}
-    vision = {"depth": 4, "hidden_size": 128, "intermediate_size": 256, "num_heads": 4, "out_hidden_size": 256}
-    vision |= {"patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112}
-    vision |= {"fullatt_block_indexes": [1, 3], "tokens_per_second": 2, "in_channels": 3}
+    vision = {"depth": 4, "num_heads": 4, "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2}
+    vision |= {"in_channels": 3} | _QWEN_VISION.get(kind, _QWEN_VISION["qwen3"])
+    if kind.startswith("qwen3"):
+        text["rope_parameters"]["mrope_interleaved"] = True
+    if kind.startswith("qwen3_vl"):
+        vision["deepstack_visual_indexes"] = [0, 2]
+    if kind.startswith("qwen3_5"):
+        text |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_num_key_heads": 4}
+        text |= {"linear_num_value_heads": 4, "layer_types": ["linear_attention", "full_attention"]}
+        text["rope_parameters"] |= {"partial_rotary_factor": 0.5, "mrope_section": [12, 10, 10]}
+    if kind.endswith("moe"):
+        text |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+        text |= {"norm_topk_prob": True} if kind == "qwen3_vl_moe" else {"shared_expert_intermediate_size": 128}
     ids = fast.convert_tokens_to_ids
-    config = Qwen2_5_VLConfig(
+    config = getattr(transformers, _QWEN_CLASSES[kind] + "Config")(
         text_config=text,
         vision_config=vision,
         image_token_id=ids(IMAGE_PAD),
         video_token_id=ids("<|video_pad|>"),
         vision_start_token_id=ids(VISION_START),
         vision_end_token_id=ids(VISION_END),
-        architectures=["Qwen2_5_VLForConditionalGeneration"],
+        architectures=[_QWEN_CLASSES[kind] + "ForConditionalGeneration"],
     )
     config.dtype, config.tie_word_embeddings, config.text_config.tie_word_embeddings = "float32", False, False
     fast.image_token, fast.video_token = IMAGE_PAD, "<|video_pad|>"
     sizes = {"min_pixels": 3136, "max_pixels": 602112, "size": {"shortest_edge": 3136, "longest_edge": 602112}}
-    sizes |= {
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "processor_class": "Qwen2_5_VLProcessor",
-    } | MEANS
-    return save(
-        spread(Qwen2_5_VLForConditionalGeneration(config)),
+    processor = ("Qwen3VL" if kind.startswith("qwen3") else _QWEN_CLASSES[kind]) + "Processor"
+    sizes |= {"patch_size": 14, "temporal_patch_size": 2, "merge_size": 2, "processor_class": processor} | MEANS
+    videos = "Qwen3VLVideoProcessor" if kind.startswith("qwen3") else "Qwen2VLVideoProcessor"
+    model = getattr(transformers, _QWEN_CLASSES[kind] + "ForConditionalGeneration")(config)
+    save(
+        spread(model),
         fast,
         folder,
         preprocessor_config={"image_processor_type": "Qwen2VLImageProcessor"} | sizes,
-        video_preprocessor_config={"video_processor_type": "Qwen2VLVideoProcessor"} | sizes,
+        video_preprocessor_config={"video_processor_type": videos} | sizes,
     )
+    if kind == "qwen3_vl_moe":
+        as_on_the_hub(folder, transposed=".experts.")
+    return folder
+
+
+MAKERS = {"llava": llava, "llava_next": llava_next}
+MAKERS |= {kind: functools.partial(qwen, kind=kind) for kind in _QWEN_CLASSES}

@@ -2,7 +2,9 @@
 
 import doctest
 import importlib
+import json
 import operator
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from small_models import IMAGE_PAD, PINPOINTS, VISION_END, VISION_START, picture
 from vllm import ModelRegistry
 from vllm.config import ModelConfig
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 
@@ -18,10 +21,12 @@ from hiprune_kernels.vllm import ARCHITECTURES, _refuse_what_would_be_ignored, r
 from hiprune_kernels.vllm.encoder import check_config, check_rows
 from hiprune_kernels.vllm.front import ASKED, PIXELS
 from hiprune_kernels.vllm.options import Asked, asked_of_images
-from hiprune_kernels.vllm.qwen2_5_vl import placed, text_positions, with_places, without_places
+from hiprune_kernels.vllm.qwen import placed, text_positions, with_places, without_places
 
 SIZES = [(300, 400), (500, 280), (196, 644), (56, 56), (61, 190)]  # height, width
-FAMILIES = {"llava": "<image>", "llava_next": "<image>", "qwen2_5_vl": VISION_START + IMAGE_PAD + VISION_END}
+QWENS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5")
+FAMILIES = {"llava": "<image>", "llava_next": "<image>"}
+FAMILIES |= dict.fromkeys(QWENS, VISION_START + IMAGE_PAD + VISION_END)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,7 +49,7 @@ def processed(made, family, sizes, request=None):
 def expected_tokens(family, size, data, item, **amount):
     if family == "llava":
         return resolve_budget(576, **amount)
-    if family == "qwen2_5_vl":
+    if family in QWENS:
         return resolve_budget(int(data["mm_kwargs"]["image"][item]["image_grid_thw"].data.prod()) // 4, **amount)
     return kept_anyres_tokens(size, pinpoints=PINPOINTS, tile_size=28, patch_size=4, **amount)
 
@@ -134,7 +139,6 @@ BAD_QWEN = {
     "official": ({"budget": 9, "rule": "official"}, {}, "rule: expected"),
     "window": ({"budget": 9, "object_layer": 3}, {}, "object_layer: expected a layer without windows, one of 2, 4"),
     "cls": ({"budget": 9, "score_queries": "cls"}, {}, "score_queries: expected"),
-    "keys": ({"budget": 9, "method": "visionzip"}, {}, "method: expected one that does not read keys"),
     "data": ({"budget": 9}, {"mm_encoder_tp_mode": "data"}, "mm_encoder_tp_mode: expected"),
     "video": ({"budget": 9}, {"video_pruning_rate": 0.5}, "video_pruning_rate: expected none"),
 }
@@ -162,7 +166,27 @@ def test_budgets_that_leave_a_tile_without_a_token_are_refused(checkpoint):
 
 def test_videos_are_refused(checkpoint):
     made = processor(checkpoint("qwen2_5_vl"), {"budget": 9})
-    assert dict(made.info.get_supported_mm_limits()) == {"image": None}
+    assert dict(made.info.get_supported_mm_limits()) == {"image": None, "video": 0}
+    with pytest.raises(VLLMValidationError, match=r"At most 0 video\(s\)"):
+        made.info.validate_num_items("video", 1)
+
+
+def test_a_vision_config_that_says_the_models_type(checkpoint, tmp_path):
+    """Checkpoints of older releases of transformers have it so, and 5.17 keeps it."""
+    folder = shutil.copytree(checkpoint("qwen2_5_vl"), tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"]["model_type"] = "qwen2_5_vl"
+    (folder / "config.json").write_text(json.dumps(config))
+    assert processor(folder, {"budget": 9}).info.options.facts.model_type == "qwen2_5_vl_vision"
+
+
+def test_positions_beyond_the_table_are_refused(checkpoint):
+    """The tables of these checkpoints hold 4 * 4096 positions, and a wide image brings many, however few tokens stay."""
+    made = processor(checkpoint("qwen2_5_vl"), {"budget": 1}, limit_mm_per_prompt={"image": 900})
+    wide = (28, 28 * 200)
+    assert len(processed(made, "qwen2_5_vl", [wide] * 72)["mm_placeholders"]["image"]) == 72
+    with pytest.raises(ValueError, match=r"images: expected at most 14336 positions more than tokens, got 14527"):
+        processed(made, "qwen2_5_vl", [wide] * 73)
 
 
 def test_other_architectures_are_refused(checkpoint, monkeypatch):
@@ -292,7 +316,7 @@ def test_a_prompt_that_ends_with_an_image():
     assert 4 + delta == 11 == int(positions[:, -1].max()) + 1
 
 
-@pytest.mark.parametrize("name", ["options", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["options", "qwen"])
 def test_examples_in_docstrings(name):
     result = doctest.testmod(importlib.import_module(f"hiprune_kernels.vllm.{name}"))
     assert result.attempted and not result.failed

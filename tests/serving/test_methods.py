@@ -13,9 +13,10 @@ METHODS = {
         "divprune": hk.DivPrune,
         "uniform-grid": hk.UniformGrid,
     },
-    "qwen2_5_vl": {"fastervlm": hk.FasterVLM, "vispruner": hk.VisPruner, "divprune": hk.DivPrune, "random": hk.Random},
+    "qwen2_5_vl": {"fastervlm": hk.FasterVLM, "visionzip": hk.VisionZip, "divprune": hk.DivPrune, "random": hk.Random},
+    "qwen3_vl": {"visionzip": hk.VisionZip, "vispruner": hk.VisPruner, "divprune": hk.DivPrune},
 }
-IMAGES = {"llava": "<image>", "qwen2_5_vl": VISION_START + IMAGE_PAD + VISION_END}
+IMAGES = {"llava": "<image>"} | dict.fromkeys(("qwen2_5_vl", "qwen3_vl"), VISION_START + IMAGE_PAD + VISION_END)
 PAIRS = [(family, method) for family, methods in METHODS.items() for method in methods]
 BUDGET = {"budget": 48}
 
