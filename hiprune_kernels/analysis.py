@@ -6,10 +6,8 @@ is ever formed. `hiprune analyze` and `hiprune calibrate` are made of these func
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -280,7 +278,7 @@ class Calibration(NamedTuple):
         control: the same of an encoder with random weights.
         control_drop: the largest such drop in it.
         images: how many there were.
-        model, model_type, layers: what was calibrated.
+        model, encoder, layers: what was calibrated: its name, the type of its encoder's config, the encoder's depth.
     """
 
     object_layer: int
@@ -293,12 +291,12 @@ class Calibration(NamedTuple):
     control_drop: float
     images: int
     model: str
-    model_type: str
+    encoder: str
     layers: int
 
 
 def calibrate(
-    dispersions: Tensor, control: Tensor, *, last: int, model: str = "", model_type: str = "", seed: int = 0
+    dispersions: Tensor, control: Tensor, *, last: int, model: str = "", encoder: str = "", seed: int = 0
 ) -> Calibration:
     """Propose an object layer from the dispersion of top tokens, without masks.
 
@@ -310,7 +308,7 @@ def calibrate(
         dispersions: [images, L] of the trained encoder.
         control: [images, L] of an untrained one.
         last: the feature layer, 1-based, which is none to propose; at least 3.
-        model, model_type: for the record.
+        model, encoder: for the record.
         seed: of the resamples.
 
     Example:
@@ -348,7 +346,7 @@ def calibrate(
         control_drop,
         images,
         model,
-        model_type,
+        encoder,
         layers,
     )
 
@@ -357,35 +355,3 @@ def _drop(curve: Tensor, layer: int) -> float:
     """How far a layer, 1-based, lies below the lower one of its neighbours."""
     neighbours = [curve[i] for i in (layer - 2, layer) if 0 <= i < len(curve)]
     return float(min(neighbours) - curve[layer - 1])
-
-
-def calibrated_layer(path: str | Path, model: Any = None) -> int:
-    """The object layer in a file of `hiprune calibrate`, for `apply_hiprune(model, object_layer=...)`.
-
-    Args:
-        path: the JSON file.
-        model: the model that will be pruned; if given, it must be of the type that was calibrated.
-
-    Raises:
-        ValueError: if the file is none of a calibration, or of another type of model.
-
-    Example:
-        >>> hk.apply_hiprune(model, budget=192, object_layer=calibrated_layer("calibration.json", model))
-    """
-    try:
-        found = json.loads(Path(path).read_text())
-        layer, model_type, layers = found["object_layer"], found["model_type"], found["layers"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"path: expected a file of hiprune calibrate, got {str(path)!r}") from error
-    if type(layer) is not int or type(layers) is not int or not 1 <= layer <= layers:
-        raise ValueError(f"path: expected an object_layer from 1 to {layers} in {str(path)!r}, got {layer!r}")
-    if model is not None:
-        from .patch.encoders import find_encoder
-
-        depth = len(find_encoder(model)[2])
-        if model.config.model_type != model_type or depth != layers:
-            raise ValueError(
-                f"path: expected a calibration of a {model.config.model_type} of {depth} layers, got one of a "
-                f"{model_type} of {layers}"
-            )
-    return layer

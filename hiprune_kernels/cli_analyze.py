@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .cli_common import DTYPES, aligned, check_writable, checked_device, open_image, progress_bar, replacing
+from .facts import encoder_type
 from .methods import HiPrune, UniformGrid
 from .visualize import draw_layers, draw_selection, optional_import
 
@@ -41,7 +42,9 @@ def add_analyze_arguments(analyze: argparse.ArgumentParser) -> None:
 
 def add_calibrate_arguments(calibrate: argparse.ArgumentParser) -> None:
     _add_common(calibrate)
-    calibrate.add_argument("--out", type=Path, metavar="FILE", help="JSON file for --object-layer and calibrated_layer")
+    calibrate.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON file for --object-layer and apply_hiprune(object_layer=...)"
+    )
     calibrate.set_defaults(run=calibrate_model)
 
 
@@ -372,6 +375,7 @@ def calibrate_model(args: argparse.Namespace) -> int:
     import torch
 
     from . import analysis
+    from .patch.encoders import find_encoder
 
     if args.out is not None:
         check_writable("out", args.out, (".json",))
@@ -388,7 +392,7 @@ def calibrate_model(args: argparse.Namespace) -> int:
         *(torch.tensor(own, dtype=torch.float64) for own in curves),
         last=_feature_layer(loaded),
         model=loaded.name,
-        model_type=loaded.model.config.model_type,
+        encoder=encoder_type(find_encoder(loaded.model)[1]),
     )
     result = found._asdict() | {"unreadable": opened.broken}
     if args.out is not None:

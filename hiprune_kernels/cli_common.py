@@ -26,9 +26,18 @@ _SEED = "seed"  # also of random weights
 _TEXT_ENCODER = "text_encoder"  # is loaded
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
+
+def layer_or_file(text: str) -> int | str:
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
 _DESCRIBED: dict[str, dict[str, Any]] = {  # option of some method -> what argparse is told of it
     "alpha": {"help": "share of anchors and buffers; PTP: weight of the instruction; HiRED: the thumbnail's share"},
-    "object_layer": {"metavar": "L", "help": "1-based layer that chooses the anchors"},
+    "object_layer": {
+        "type": layer_or_file,
+        "metavar": "L_OR_FILE",
+        "help": "1-based layer that chooses the anchors, or the file of `hiprune calibrate`",
+    },
     "rule": {"choices": RULES, "help": "rule of selection"},
     "neighborhood": {"choices": tuple(CLUSTER_SIZES), "help": "which neighbours of an anchor are buffers"},
     "score_queries": {"choices": ("all", "cls"), "help": "rows of attention that are summed into scores"},
@@ -79,6 +88,8 @@ def add_method_options(parser: argparse.ArgumentParser, *, seed_help: str, amoun
 
 def _type_of(cls: type[Method], option: str) -> dict[str, Any]:
     """What argparse is told of an option's type, by the annotation of its field."""
+    if "type" in _DESCRIBED.get(option, {}):
+        return {"type": _DESCRIBED[option]["type"]}
     (field,) = (field for field in dataclasses.fields(cls) if field.name == option)
     kind = str(field.type).removesuffix(" | None")
     if kind == "bool":

@@ -1,7 +1,10 @@
 """Layers of encoders: metrics by hand and by definition, scores against eager float64 attention, masks, calibration."""
 
+import copy
+import dataclasses
 import json
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -14,8 +17,8 @@ from transformers import AutoModel, AutoModelForImageTextToText
 from hiprune_kernels import analysis, cli
 from hiprune_kernels.loading import load_model
 from hiprune_kernels.masks import load_masks
-from hiprune_kernels.methods import UniformGrid
-from hiprune_kernels.patch import FAMILIES
+from hiprune_kernels.methods import HiPrune, HiPrunePlusPlus, UniformGrid
+from hiprune_kernels.patch import FAMILIES, apply_method
 
 
 @pytest.fixture(scope="module")
@@ -223,23 +226,33 @@ def test_images_that_disagree():
     assert f"only {found.share:.0%} of resamples of the images propose layer 2" in found.reasons
 
 
-def test_the_file_of_a_calibration(tmp_path, saved, photos):
+def test_the_file_of_a_calibration(tmp_path, saved, photos, capsys):
     path = tmp_path / "calibration.json"
     assert cli.main(["calibrate", str(photos), "--model", saved("vit"), "--out", str(path)]) == 0
     found = json.loads(path.read_text())
-    model = AutoModel.from_pretrained(saved("vit"))
-    assert found["model_type"] == "vit" and found["images"] == 3 and len(found["curve"]) == found["layers"]
-    assert not found["confident"] and analysis.calibrated_layer(path, model) == found["object_layer"]
-    for model_type in ("dinov2", "llava"):
-        other = load_model(saved(model_type), UniformGrid(retention=0.5)).model
-        with pytest.raises(
-            ValueError, match=rf"path: expected a calibration of a {model_type} of \d+ layers, got one of a vit"
-        ):
-            analysis.calibrated_layer(path, other)
-    for text in ("", "{}", '{"object_layer": 9, "model_type": "vit", "layers": 3}'):
+    assert found["encoder"] == "vit" and found["images"] == 3 and len(found["curve"]) == found["layers"]
+    assert not found["confident"]
+    method = HiPrune(retention=0.5, object_layer=path)
+    assert (
+        method.object_layer == found["object_layer"] == HiPrunePlusPlus(budget=9, object_layer=str(path)).object_layer
+    )
+    for copied in (
+        pickle.loads(pickle.dumps(method)),
+        copy.deepcopy(method),
+        dataclasses.replace(method, retention=0.2),
+    ):
+        with pytest.raises(ValueError, match=r"object_layer: expected a calibration of a dinov2 of \d+ layers"):
+            apply_method(load_model(saved("dinov2"), UniformGrid(retention=0.5)).model, copied)
+    prune = ["prune", str(photos / "a.png"), "--model", saved("vit"), "--object-layer", str(path), "--json"]
+    capsys.readouterr()
+    assert cli.main(prune) == 0 and json.loads(capsys.readouterr().out)["object_layer"] == found["object_layer"]
+    other = load_model(saved("llava"), UniformGrid(retention=0.5)).model
+    with pytest.raises(ValueError, match=r"a clip_vision_model of \d+ layers, got one of a vit of"):
+        apply_method(other, method)
+    for text in ("", "{}", '{"object_layer": 9, "encoder": "vit", "layers": 3}'):
         path.write_text(text)
-        with pytest.raises(ValueError, match="path: expected a"):
-            analysis.calibrated_layer(path)
+        with pytest.raises(ValueError, match="object_layer: expected"):
+            HiPrune(budget=9, object_layer=path)
     with pytest.raises(ValueError, match="last: expected 3 to 5, got 2"):
         analysis.calibrate(torch.zeros(2, 5), torch.zeros(2, 5), last=2)
 

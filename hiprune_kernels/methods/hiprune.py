@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,6 +13,7 @@ from .. import ops
 from ..budget import ROLE_NAMES, check_selection_options
 from ..facts import EncoderFacts
 from .base import Method, Needs, Picks, Seen
+from .calibrated import CalibratedLayer, calibrated_layer
 
 _REGISTER = 1 + ROLE_NAMES.index("register")
 
@@ -24,8 +26,9 @@ class HiPrune(Method):
         budget, retention: exactly one of them: visual tokens kept per image (or video; `hiprune info --models` says
             what of), or the share of them. A budget that reaches the number of tokens leaves the forward stock.
         alpha: share of the budget spent on anchors and buffers (Eq. 3).
-        object_layer: 1-based layer whose scores choose the anchors; None takes the family's (CLIP: 9 of 24, scaled to
-            other depths by ``round(9 / 24 * depth)``; Qwen-VL: half the depth).
+        object_layer: 1-based layer whose scores choose the anchors, or the file of `hiprune calibrate` that proposes
+            it; None takes the family's (CLIP: 9 of 24, scaled to other depths by ``round(9 / 24 * depth)``; Qwen-VL:
+            half the depth).
         rule: "paper", "official" (the authors' released code for this family) or "grid".
         neighborhood: "cross", "square", "row" or "none".
         score_queries: "all" (Eq. 2) or "cls": which queries' attention counts.
@@ -40,7 +43,7 @@ class HiPrune(Method):
     """
 
     alpha: float = 0.1
-    object_layer: int | None = None
+    object_layer: int | str | os.PathLike[str] | None = None
     rule: str = "paper"
     neighborhood: str = "cross"
     score_queries: str = "all"
@@ -55,12 +58,18 @@ class HiPrune(Method):
             raise ValueError(f'rule: expected "paper", "official" or "grid" for a model, got {self.rule!r}')
         if not isinstance(self.score_queries, str) or self.score_queries not in ("all", "cls"):
             raise ValueError(f'score_queries: expected "all" or "cls", got {self.score_queries!r}')
-        if self.object_layer is not None and type(self.object_layer) is not int:
-            raise TypeError(f"object_layer: expected an int, got {type(self.object_layer).__name__}")
+        if isinstance(self.object_layer, (str, os.PathLike)):
+            object.__setattr__(self, "object_layer", calibrated_layer(self.object_layer))
+        if self.object_layer is not None and type(self.object_layer) not in (int, CalibratedLayer):
+            raise TypeError(
+                f"object_layer: expected an int or a file of hiprune calibrate, got {type(self.object_layer).__name__}"
+            )
         super().__post_init__()
 
     def needs(self, encoder: EncoderFacts) -> Needs:
-        object_layer = self._object_layer(encoder)
+        object_layer = encoder.object_layer if self.object_layer is None else int(self.object_layer)  # type: ignore[arg-type]
+        if isinstance(self.object_layer, CalibratedLayer):
+            self.object_layer.check(encoder)
         if not 1 <= object_layer <= encoder.feature_layer:
             raise ValueError(
                 f"object_layer: expected 1 to {encoder.feature_layer} (1-based, not behind the layer whose output are "
@@ -101,6 +110,3 @@ class HiPrune(Method):
             token, row = token + size, row + budget
         empty = layout.candidate_counts is not None and min(layout.candidate_counts) == 0
         return Picks(indices, roles, budgets, fills=rule == "official_qwen" or empty)
-
-    def _object_layer(self, encoder: EncoderFacts) -> int:
-        return encoder.object_layer if self.object_layer is None else self.object_layer

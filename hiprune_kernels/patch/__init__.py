@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -169,7 +170,7 @@ def apply_hiprune(
     budget: int | None = None,
     retention: float | None = None,
     alpha: float = HiPrune.alpha,
-    object_layer: int | None = HiPrune.object_layer,
+    object_layer: int | str | os.PathLike[str] | None = HiPrune.object_layer,
     rule: str = HiPrune.rule,
     neighborhood: str = HiPrune.neighborhood,
     score_queries: str = HiPrune.score_queries,
@@ -208,7 +209,7 @@ def hiprune(
     budget: int | None = None,
     retention: float | None = None,
     alpha: float = HiPrune.alpha,
-    object_layer: int | None = HiPrune.object_layer,
+    object_layer: int | str | os.PathLike[str] | None = HiPrune.object_layer,
     rule: str = HiPrune.rule,
     neighborhood: str = HiPrune.neighborhood,
     score_queries: str = HiPrune.score_queries,

@@ -231,7 +231,7 @@ def test_what_is_read():
         ({"additive": 1}, TypeError, "additive: expected a bool, got int"),
         ({"text_encoder": object()}, TypeError, "text_encoder: expected a ClipText, got object"),
         ({"alpha": 2}, ValueError, r"alpha: expected a share in \[0, 1\], got 2"),
-        ({"object_layer": "9"}, TypeError, "object_layer: expected an int, got str"),
+        ({"object_layer": 9.0}, TypeError, "object_layer: expected an int or a file of hiprune calibrate, got float"),
         ({"beta": 0.1}, TypeError, "HiPrunePlusPlus: expected options among budget, .*, by name, got beta"),
     ],
 )
