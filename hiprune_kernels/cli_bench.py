@@ -239,14 +239,14 @@ def _result(found: dict[str, Measured], args: argparse.Namespace, name: str, inp
     }
 
 
-_PARTS = ("encoder", "selection", "connector", "prefill")
+_PARTS = ("encoder", "scores", "selection", "connector", "prefill")
 _COLUMNS = ("way", "prompt", "first token ms", "ratio", *_PARTS, "decode ms", "TFLOPs", "peak MiB", "cache MiB")
 
 
 def _table(result: dict[str, Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [_COLUMNS]
     for row in result["rows"]:
-        times = {part: row[f"{part}_seconds"] for part in ("first_token", "encoder", "selection", "connector")}
+        times = {part: row[f"{part}_seconds"] for part in ("first_token", *_PARTS)}
         shown = {part: "" if value is None else f"{1e3 * value:.1f}" for part, value in times.items()}
         rows.append(
             (
@@ -254,10 +254,7 @@ def _table(result: dict[str, Any]) -> list[tuple[str, ...]]:
                 str(row["prompt_tokens"]),
                 shown["first_token"],
                 f"{row['first_token_ratio']:.2f}",
-                shown["encoder"],
-                shown["selection"],
-                shown["connector"],
-                f"{1e3 * row['prefill_seconds']:.1f}",
+                *(shown[part] for part in _PARTS),
                 "" if row["decode_seconds"] is None else f"{1e3 * row['decode_seconds']:.1f}",
                 f"{row['tflops']:.3g}",
                 "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}",
@@ -279,14 +276,26 @@ def _lines(result: dict[str, Any]) -> list[str]:
 
 
 def _remarks(result: dict[str, Any]) -> list[str]:
-    from .efficiency import without_gain
+    from .efficiency import Gain, without_gain
 
-    pairs = [(row["way"], row["first_token_ratio"]) for row in result["rows"] if row["way"] != UNPRUNED]
+    whole, *pruned = result["rows"]
+    gains = {
+        row["way"]: Gain(
+            row["first_token_ratio"],
+            (row["first_token_seconds"] - row["prefill_seconds"])
+            - (whole["first_token_seconds"] - whole["prefill_seconds"]),
+            whole["prefill_seconds"] - row["prefill_seconds"],
+            whole["prompt_tokens"] - row["prompt_tokens"],
+        )
+        for row in pruned
+    }
     lines = [
-        "Encoder: with scores, and selection where that is inside. Connector: what lies between it and the language "
-        "model. Prefill: from there to the first token. Peak: above what is held before, of one prefill.",
+        "Encoder: with scores, and selection where that is inside. Scores: the calls that compute them, with the "
+        "object layer's attention, as one kernel does both. Connector: what lies between the encoder and the language "
+        "model, the reading of text's attention included. Prefill: from there to the first token. Peak: above what is "
+        "held before, of one prefill.",
         f"The released codes' vision side, eager with the attention matrices of all layers: {_released(result)}.",
-        *without_gain(pairs),
+        *without_gain(gains),
     ]
     if result["config"] in ("llava-next-7b", "llava-next-13b") or "llava_next" in str(result["model"]):
         lines.append(f"The paper's own figures ({PAPER['hardware']}):")

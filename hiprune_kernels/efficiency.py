@@ -9,12 +9,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -120,6 +121,8 @@ class Times:
 
     Attributes:
         encoder: the vision encoder, scores included, and selection where that is inside.
+        scores: of that, or of the connector's where attention of text is read, the calls that compute scores. In the
+            object layer one kernel gives scores and output, so its attention is in here too.
         selection: the method's own work, wherever it is.
         connector: from the encoder's end to the language model's first layer, without a selection in between.
         prefill: from there to the first token.
@@ -128,6 +131,7 @@ class Times:
     """
 
     encoder: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
     selection: list[float] = field(default_factory=list)
     connector: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
@@ -157,12 +161,12 @@ class Measured:
 class _Clock:
     """Where a run's parts begin and end. In `generate` it is the streamer, which is told of every token."""
 
-    def __init__(self, model: Any, selecting: list[float]) -> None:
+    def __init__(self, model: Any, selecting: list[float], scoring: list[float]) -> None:
         from .patch import FAMILIES
 
         family = FAMILIES[model.config.model_type]
         host = family.host(model)
-        self.device, self.selecting = model.device, selecting
+        self.device, self.selecting, self.scoring = model.device, selecting, scoring
         language_model: Any = family.language_model(host)
         self._encoders, self._layer = family.encoders(host), language_model.layers[0]
         self._before_layer = 0.0
@@ -181,6 +185,7 @@ class _Clock:
                 handles.callback(encoder.register_forward_hook(self._end_encoder).remove)
             hook = self._layer.register_forward_pre_hook(self._begin_layer, with_kwargs=True)
             handles.callback(hook.remove)
+            handles.enter_context(_clocked_scores(self.scoring, self.now))
             yield
 
     def _begin_encoder(self, module: Any, args: Any) -> None:
@@ -206,6 +211,7 @@ class _Clock:
     def add_to(self, times: Times, begun: float) -> None:
         selection = sum(self.selecting)
         times.encoder.append(self._encoder_seconds)
+        times.scores.append(sum(self.scoring))
         times.selection.append(selection)
         times.connector.append(self._before_layer - self._encoded - (selection - self._selected_inside))
         times.prefill.append(self.tokens[0] - self._before_layer)
@@ -214,26 +220,50 @@ class _Clock:
             times.decode.append((self.tokens[-1] - self.tokens[0]) / (len(self.tokens) - 1))
 
 
+@contextlib.contextmanager
+def _noted(spent: list[float], now: Callable[[], float]) -> Iterator[None]:
+    begun = now()
+    yield
+    spent.append(now() - begun)
+
+
+@contextlib.contextmanager
+def _clocked_scores(spent: list[float], now: Callable[[], float]) -> Iterator[None]:
+    """Note what each call that computes scores takes, in seconds."""
+    from .patch import late, tap
+
+    places: tuple[tuple[Any, str], ...] = (
+        (tap.Attention, "column_scores"),
+        (tap.Attention, "output_and_scores"),
+        (late, "text_scores"),
+    )
+    with contextlib.ExitStack() as undo:
+        for place, name in places:
+            stock = getattr(place, name)
+
+            def clocked_scores(*args: Any, stock: Any = stock, **kwargs: Any) -> Any:
+                with _noted(spent, now):
+                    return stock(*args, **kwargs)
+
+            undo.callback(setattr, place, name, stock)
+            setattr(place, name, clocked_scores)
+        yield
+
+
 def clocked(method: Method, spent: list[float], now: Callable[[], float]) -> Method:
     """The same method, which notes what its own work takes, in seconds."""
     cls: Any = type(method)
-
-    @contextlib.contextmanager
-    def clock() -> Iterator[None]:
-        begun = now()
-        yield
-        spent.append(now() - begun)
 
     class Clocked(cls):
         guaranteed = cls.guaranteed
 
         def select(self, seen: Seen) -> Picks:
-            with clock():
+            with _noted(spent, now):
                 return super().select(seen)
 
     class ClockedMerging(Clocked):
         def merge(self, features: Tensor, seen: Seen, picks: Picks) -> Tensor:
-            with clock():
+            with _noted(spent, now):
                 return super().merge(features, seen, picks)
 
     kind: Any = ClockedMerging if merges(method) else Clocked
@@ -326,7 +356,7 @@ def measure(
         step()
         for name, method in ways.items():
             selecting: list[float] = []
-            clock = _Clock(model, selecting)
+            clock = _Clock(model, selecting, [])
             timed = method and clocked(method, selecting, clock.now)
             with contextlib.nullcontext() if timed is None else applied(model, timed), clock.listening():
                 begun = clock.now()
@@ -391,14 +421,38 @@ def _repeated(value: Any, batch: int) -> Any:
     return value.repeat(batch, *[1] * (value.ndim - 1)) if isinstance(value, Tensor) else value
 
 
-def without_gain(found: Sequence[tuple[str, float]]) -> list[str]:
-    """What to say of ratios of the time to the first token, (name, ratio): where pruning pays, and where not."""
-    paying = [name for name, ratio in found if ratio < 0.98]
-    lines = [
-        f"{name}: pruning does not pay here, the first token takes {ratio:.2f} times as long"
-        for name, ratio in found
-        if ratio >= 0.98
-    ]
+class Gain(NamedTuple):
+    """What a way of pruning changes until the first token, against all tokens.
+
+    Attributes:
+        ratio: of the times to the first token.
+        extra: seconds that it takes more in front of the language model: scores and selection, less what they save.
+        saved: seconds that it takes less in the language model.
+        dropped: how many tokens fewer the language model sees.
+    """
+
+    ratio: float
+    extra: float
+    saved: float
+    dropped: int
+
+
+def without_gain(found: Mapping[str, Gain]) -> list[str]:
+    """What to say where pruning does not pay: how much is missing, from where on it would, and what pays."""
+    lines = []
+    paying = [name for name, gain in found.items() if gain.ratio < 0.98]
+    for name, gain in found.items():
+        if name in paying:
+            continue
+        line = f"{name}: pruning does not pay here, the first token takes {gain.ratio:.2f} times as long"
+        if gain.extra > gain.saved > 0:
+            needed = math.ceil(gain.dropped * gain.extra / gain.saved)
+            line += (
+                f": {1e3 * gain.extra:.1f} ms more in front of the language model, {1e3 * gain.saved:.1f} ms less in "
+                f"it for {gain.dropped} dropped tokens. At that rate it would pay from about {needed} on, as a higher "
+                "resolution has them"
+            )
+        lines.append(line)
     if lines and paying:
         lines.append(f"it pays with {', '.join(paying)}")
     if lines and not paying:

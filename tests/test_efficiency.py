@@ -1,6 +1,7 @@
 """`hiprune bench` and what it is made of: operations by hand, parts that add up, sizes as published, and bad input."""
 
 import json
+import time
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 
 import hiprune_kernels as hk
 from hiprune_kernels import cli, cli_bench, efficiency, sizes
+from hiprune_kernels.patch import tap
 from hiprune_kernels.patch.encoders import find_encoder
 from hiprune_kernels.processing import default_image_processor, vision_inputs
 from hiprune_kernels.quality import checkpoint
@@ -49,11 +51,16 @@ def test_operations_of_attention_are_counted():
     assert flops(lambda: torch.nn.functional.scaled_dot_product_attention(query, key, key)) == 2 * product
 
 
-def test_operations_of_a_prefill():
-    """A linear layer of the language model for each token that goes through it; pruning takes away what it drops."""
+def small_llava():
+    """The LLaVA of `hiprune quality`, and a prompt of 148 tokens, 144 of an image."""
     model = AutoModelForImageTextToText.from_pretrained(checkpoint(), dtype=torch.float32).eval()
     ids = torch.cat([torch.tensor([[1]]), torch.full((1, 144), 4), torch.tensor([[6, 7, 5]])], dim=1)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 96, 96)}
+    return model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": torch.rand(1, 3, 96, 96)}
+
+
+def test_operations_of_a_prefill():
+    """A linear layer of the language model for each token that goes through it; pruning takes away what it drops."""
+    model, inputs = small_llava()
     whole = efficiency.prefill_flops(model, inputs)
     with hk.hiprune(model, budget=44):
         pruned = efficiency.prefill_flops(model, inputs)
@@ -89,6 +96,8 @@ def test_parts_add_up(saved, model_type):
             late = 0 if name in ("all", "a") else times.selection[i]  # selected in front of the language model
             parts = times.encoder[i] + times.connector[i] + times.prefill[i] + late
             assert 0 < parts <= total and times.connector[i] > -1e-6
+        assert min(times.scores) >= 0 and (max(times.scores) == 0) == (name in ("all", "b"))
+        assert name != "a" or max(times.scores) < min(times.encoder)
         assert (measured.prompt_tokens == length) == (name == "all") and (max(times.selection) == 0) == (name == "all")
     assert max(found[name].prompt_tokens for name in "abc") < 0.75 * length
     assert found["a"].flops < found["all"].flops and found["a"].cache_mib < found["all"].cache_mib
@@ -127,12 +136,32 @@ def test_the_released_codes_encoder(saved, model_type, monkeypatch):
 
 
 def test_where_it_does_not_pay():
-    assert efficiency.without_gain([("a", 0.5), ("b", 0.9)]) == []
-    assert efficiency.without_gain([("a", 1.02), ("b", 0.9)]) == [
+    pays = efficiency.Gain(0.9, 0.001, 0.003, 50)
+    assert efficiency.without_gain({"a": pays._replace(ratio=0.5), "b": pays}) == []
+    assert efficiency.without_gain({"a": pays._replace(ratio=1.02), "b": pays}) == [
         "a: pruning does not pay here, the first token takes 1.02 times as long",
         "it pays with b",
     ]
-    assert efficiency.without_gain([("a", 1.5)])[-1].startswith("none of these budgets pays: ")
+    found = efficiency.without_gain({"a": efficiency.Gain(1.5, 0.003, 0.002, 50)})
+    assert "3.0 ms more in front of the language model, 2.0 ms less in it for 50 dropped tokens" in found[0]
+    assert "from about 75 on" in found[0] and found[-1].startswith("none of these budgets pays: ")
+
+
+def test_the_clock_of_scores(monkeypatch):
+    """Of the two layers that HiPrune reads each call counts once, and the wrappers are gone afterwards."""
+    model, inputs = small_llava()
+    slow = []
+
+    def sleeping(*args, stock=tap.Attention.column_scores, **kwargs):
+        slow.append(0)
+        time.sleep(0.05)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(tap.Attention, "column_scores", sleeping)
+    found = efficiency.measure(model, inputs, {"all": None, "a": hk.HiPrune(budget=40)}, rounds=1, new_tokens=1)
+    (scores,), (encoder,) = found["a"].times.scores, found["a"].times.encoder
+    assert len(slow) == 3 and 0.05 <= scores < encoder and scores < 0.1  # two runs to check and count, one on the clock
+    assert found["all"].times.scores == [0] and tap.Attention.column_scores is sleeping
 
 
 @pytest.mark.parametrize(

@@ -123,7 +123,7 @@ def select_late(call: Call, prompt: Prompt, kwargs: dict[str, Any], seen: int) -
                     late["text_ids"] = [text.ids[image.row][text.mask[image.row]] for image in images]
             if needs.text_attention is not None:
                 layer, reduction = needs.text_attention
-                scores = _text_scores(probe(layer), reduction, text, images, run, places, tokens)
+                scores = text_scores(probe(layer), reduction, text, images, run, places, tokens)
                 late["text_scores"] = scores.to(device)
             run.select(method, device, **late)
         if merging:
@@ -184,7 +184,7 @@ def _places_of_images(run: Run, tokens: Tensor, places: Tensor) -> list[_Place]:
 # ---------------------------------------------------------------------------------------------------------- the probe
 
 
-def _text_scores(
+def text_scores(
     attention: Attention, reduction: str, text: _Text, images: list[_Place], run: Run, places: Tensor, tokens: Tensor
 ) -> Tensor:
     """Attention of text to a run's tokens, [T]: the mean over heads, reduced over the rows of text behind each image.
