@@ -80,31 +80,41 @@ def released_chain(features, keys, targets, sources):
     return features[:, targets] + torch.bmm(one_hot.transpose(1, 2), features[:, sources]) / counts
 
 
+def draw_merging(images, tokens, kept, count, channels, dtype):
+    """Features, keys in their dtype, targets [count] and sources [S], which all images share."""
+    features, keys = torch.randn(images, tokens, channels).to(dtype), torch.randn(images, tokens, 64)
+    rest = torch.randperm(tokens)[kept:].sort().values
+    targets = rest[:: len(rest) // count][:count]
+    return features, keys.to(dtype), targets, rest[~torch.isin(rest, targets)]
+
+
+def merging_call(features, keys, targets, sources):
+    """What `merge_tokens` takes behind the features."""
+    images, tokens, _ = features.shape
+    marked = torch.zeros(tokens, dtype=torch.bool)
+    marked[sources] = True
+    return keys, targets.expand(images, -1).contiguous(), marked.expand(images, -1).contiguous()
+
+
 @pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("name", MERGING)
 def test_merging(side_by_side, name, whole):
     """The targets' rows, as the chain gives them; or all features with these rows replaced, which both copy."""
     torch.set_num_threads(1)
-    images, tokens, kept, count, channels, dtype = MERGING[name]
-    features, keys = torch.randn(images, tokens, channels).to(dtype), torch.randn(images, tokens, 64)
-    rest = torch.randperm(tokens)[kept:].sort().values
-    targets = rest[:: len(rest) // count][:count]
-    marked = torch.zeros(tokens, dtype=torch.bool)
-    marked[rest], marked[targets] = True, False
-    sources, keys_there = marked.nonzero()[:, 0], keys.to(dtype)
-    call = keys_there, targets.expand(images, count).contiguous(), marked.expand(images, tokens).contiguous()
+    features, keys, targets, sources = draw_merging(*MERGING[name])
+    call = merging_call(features, keys, targets, sources)
 
     def ours():
         return hk.merge_tokens(features, *call, rows_only=not whole)[0]
 
-    def chain(features=features, keys=keys_there):
+    def chain(features=features, keys=keys):
         rows = released_chain(features, keys, targets, sources)
         return features.index_copy(1, targets, rows) if whole else rows
 
-    if dtype == torch.float32:
+    if features.dtype == torch.float32:
         torch.testing.assert_close(ours(), chain())
     else:  # the chain's cosines are rounded to bfloat16, and go elsewhere where two are close
-        expected = chain(features.float(), keys_there.float())
+        expected = chain(features.float(), keys.float())
         torch.testing.assert_close(ours().float(), expected, rtol=2e-2, atol=2e-2)
 
     def on_avx2():
