@@ -7,6 +7,7 @@ from .attention import (
     attention_scores_varlen,
     attention_with_scores,
     attention_with_scores_varlen,
+    outruns_sdpa,
 )
 from .diverse import select_diverse, select_diverse_varlen
 from .inputs import check_inputs
@@ -27,6 +28,7 @@ __all__ = [
     "kernel_status",
     "merge_tokens",
     "merge_tokens_varlen",
+    "outruns_sdpa",
     "prune_tokens",
     "prune_tokens_varlen",
     "select_diverse",

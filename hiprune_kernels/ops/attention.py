@@ -396,6 +396,21 @@ def cpu_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reductio
     return _kernel_gap(tensors, query_reduction, head_reduction)
 
 
+_SIMD = CPU_KERNELS and torch.ops.hiprune._cpu_instruction_sets() > 1  # AVX2 at least
+
+
+def outruns_sdpa(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `attention_with_scores` takes less time than PyTorch's fused attention, scores left aside.
+
+    On a CPU with AVX2 it does, at all sizes of encoders (`bench/sweeps.py`). Its backward does not.
+    """
+    if not _SIMD or query.device.type != "cpu" or transformed():
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    return not _kernel_gap((query, key, value), "sum", "mean")
+
+
 def cuda_kernel_gap(*tensors: Tensor, query_reduction: str = "sum", head_reduction: str = "mean") -> str:
     """Why kernels/attention.py does not cover a CUDA call on query, key (and value), or "" where it does."""
     rows = [x.stride(0 if x.dim() == 3 else 2) for x in tensors]

@@ -18,8 +18,8 @@ from .options import Options
 class Tower:
     """Taps of a tower's layers. vLLM builds the tower up to the feature layer, which is the last one.
 
-    While a `Pass` is open, layers whose scores are wanted yield them, and the feature layer also keys. Else, the layers
-    are the stock ones.
+    While a `Pass` is open, layers whose scores are wanted yield them, and the feature layer also keys; where our kernel
+    outruns SDPA, it serves the other layers too. Else, the layers are the stock ones.
     """
 
     def __init__(self, layers: Any, options: Options) -> None:
@@ -27,10 +27,9 @@ class Tower:
         deepest = options.facts.feature_layer
         if len(layers) != deepest:
             raise RuntimeError(f"hiprune: expected a tower of {deepest} layers, got {len(layers)}")
-        for number, queries in options.needs.scores.items():
-            if number != deepest:
-                attention = layers[number - 1].self_attn
-                attention.forward = self._attention(number, queries, attention, attention.forward)
+        for number, layer in enumerate(layers[:-1], start=1):
+            queries, attention = options.needs.scores.get(number), layer.self_attn
+            attention.forward = self._attention(number, queries, attention, attention.forward)
         layers[-1].forward = self._feature_layer(layers[-1], layers[-1].forward)
 
     open: Pass | None
@@ -61,18 +60,21 @@ class Tower:
         states = own.merged(states)[indices]
         return states if late else project(states)
 
-    def _attention(self, number: int, queries: str, attention: Any, stock: Any) -> Any:
+    def _attention(self, number: int, queries: str | None, attention: Any, stock: Any) -> Any:
         def forward(hidden_states: Tensor) -> Any:
             if self.open is None:
                 return stock(hidden_states)
             qkv, _ = attention.qkv_proj(hidden_states)
             query, key, value = _heads(qkv, attention)
-            if queries == "cls":
-                scores, out = _scores(query, key, queries, attention.scale), attention.attn(*qkv.chunk(3, dim=-1))
-            else:
+            if queries in ("all", "mean") or ops.outruns_sdpa(query, key, value):
                 out, scores = ops.attention_with_scores(query, key, value, scale=attention.scale)
-                out, scores = out.transpose(1, 2).flatten(2), _of_queries(scores, queries, query)
-            self._record(number, scores, attention.tp_size)
+                out = out.transpose(1, 2).flatten(2)
+            else:
+                out = attention.attn(*qkv.chunk(3, dim=-1))
+            if queries == "cls":
+                scores = _scores(query, key, queries, attention.scale)
+            if queries is not None:
+                self._record(number, _of_queries(scores, queries, query), attention.tp_size)
             return attention.out_proj(out)[0], None
 
         return forward

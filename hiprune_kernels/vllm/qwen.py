@@ -93,13 +93,19 @@ def pruning_processor(info: Any, processor: Any, dummy_inputs: Any) -> Callable[
     return register
 
 
+def whole_layers(config: Any) -> Sequence[int]:
+    """The encoder's layers, 1-based, that attend to the whole image, not within windows."""
+    vision = config.vision_config
+    if not hasattr(vision, "fullatt_block_indexes"):
+        return range(1, vision.depth + 1)
+    return [index + 1 for index in vision.fullatt_block_indexes]
+
+
 def check_layers(config: Any) -> None:
     """Raise RuntimeError where scores are wanted of a layer that attends within windows only."""
     options = Options.of(config)
     assert options is not None
-    if not hasattr(config.vision_config, "fullatt_block_indexes"):
-        return
-    whole = [index + 1 for index in config.vision_config.fullatt_block_indexes]
+    whole = whole_layers(config)
     for layer in options.needs.scores:
         if layer not in whole:
             one_of = ", ".join(map(str, whole))
@@ -129,8 +135,8 @@ class PrunedQwen(_Stock):
         if options is None:
             return
         needs, blocks = options.needs, self.visual.blocks
-        for layer, queries in needs.scores.items():
-            attention = blocks[layer - 1].attn
+        for layer in whole_layers(self.config):
+            attention, queries = blocks[layer - 1].attn, needs.scores.get(layer)
             attention.attn.forward = self._attention(layer, queries, attention, attention.attn.forward)
         if needs.keys:
             self._listen_to_keys(blocks[-1].attn)
@@ -141,14 +147,17 @@ class PrunedQwen(_Stock):
     asked: Tensor | None  # of the images that are being encoded
     cuts: Tensor | None  # where their rows start, while they are
 
-    def _attention(self, layer: int, queries: str, attention: Any, stock_forward: Any) -> Any:
+    def _attention(self, layer: int, queries: str | None, attention: Any, stock_forward: Any) -> Any:
         # The last block's attention and output are wanted besides its scores; it is not worth while to fuse them there.
+        # Where nothing is read, our kernel serves if it outruns SDPA.
         def forward(query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
-            if self.cuts is None:
-                return stock_forward(query=query, key=key, value=value, **kwargs)
             q, k, v = query[0], key[0], value[0]
+            if self.cuts is None or (queries is None and not ops.outruns_sdpa(q, k, v)):
+                return stock_forward(query=query, key=key, value=value, **kwargs)
             scale = attention.attn.scale
             out, scores = ops.attention_with_scores_varlen(q, k, v, cu_seqlens_q=self.cuts, scale=scale)
+            if queries is None:
+                return out[None]
             if queries == "mean":
                 lengths = self.cuts.diff()
                 scores = scores / lengths.repeat_interleave(lengths, output_size=len(scores))
