@@ -10,14 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_models import IMAGE_PAD, PINPOINTS, VISION_END, VISION_START, picture
+from transformers import LlavaConfig, PixtralVisionConfig
 from vllm import ModelRegistry
 from vllm.config import ModelConfig
 from vllm.exceptions import VLLMValidationError
+from vllm.model_executor.models import llava as stock_llava
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.plugins import load_general_plugins
 
 from hiprune_kernels.budget import kept_anyres_tokens, resolve_budget
-from hiprune_kernels.vllm import ARCHITECTURES, _refuse_what_would_be_ignored, register
+from hiprune_kernels.vllm import ARCHITECTURES, _refuse_what_would_be_ignored, llava, register
 from hiprune_kernels.vllm.encoder import check_config, check_rows
 from hiprune_kernels.vllm.front import ASKED, PIXELS
 from hiprune_kernels.vllm.options import Asked, asked_of_images
@@ -205,6 +207,18 @@ def test_other_towers_are_refused(checkpoint):
             hf_overrides={"hiprune": {"budget": 9}, "vision_feature_layer": [1, 2]},
         )
         MULTIMODAL_REGISTRY.create_processor(config)
+
+
+def test_pixtral_is_served_by_stock_code_alone():
+    """vLLM's class for LLaVA-1.5 serves it too."""
+    config = LlavaConfig(vision_config=PixtralVisionConfig())
+    context = SimpleNamespace(get_hf_config=lambda *kind: config)
+    assert type(llava.build_info(context)) is stock_llava.PixtralHFProcessingInfo
+    config.hiprune = {"budget": 9}
+    with pytest.raises(
+        RuntimeError, match=r"^hiprune: vision_config: expected a tower of type clip_vision_model, got p"
+    ):
+        llava.build_info(context)
 
 
 def test_register_again_changes_nothing():
