@@ -438,8 +438,16 @@ BAD_OPTIONS = [
     ({"budget": 3, "keep_roles": "anchor"}, ValueError, "keep_roles: expected"),
     ({"budget": 3, "object_layer": 0}, ValueError, "object_layer: expected 1 to 4 .*, got 0"),
     ({"budget": 3, "object_layer": 5}, ValueError, "object_layer: expected 1 to 4 .*, got 5"),
-    ({"budget": 3, "object_layer": 2.0}, TypeError, "object_layer: expected an int, got float"),
-    ({"budget": 3, "object_layer": True}, TypeError, "object_layer: expected an int, got bool"),
+    (
+        {"budget": 3, "object_layer": 2.0},
+        TypeError,
+        "object_layer: expected an int or a file of hiprune calibrate, got float",
+    ),
+    (
+        {"budget": 3, "object_layer": True},
+        TypeError,
+        "object_layer: expected an int or a file of hiprune calibrate, got bool",
+    ),
 ]
 
 
