@@ -470,3 +470,20 @@ def test_bad_reductions():
             continue
         with pytest.raises(ValueError, match=rf"{name}: expected one of \('sum', 'mean', 'max'\), got 'none'"):
             function(DENSE["query"], DENSE["key"], **{name: "none"})
+
+
+def test_where_sdpa_is_outrun(monkeypatch):
+    """On CPUs with AVX2, where the kernel serves the call and nobody asks for gradients."""
+    simd = CPU_KERNELS and torch.ops.hiprune._cpu_instruction_sets() > 1
+    states = list(torch.randn(3, 1, 2, 9, 8))
+    assert attention.outruns_sdpa(*states) == simd
+    monkeypatch.setattr(attention, "_SIMD", True)
+    assert attention.outruns_sdpa(*states)
+    assert not attention.outruns_sdpa(*(x.double() for x in states))
+    assert not attention.outruns_sdpa(*(x.to("meta") for x in states))
+    states[2].requires_grad_()
+    assert not attention.outruns_sdpa(*states)
+    with torch.no_grad():
+        assert attention.outruns_sdpa(*states)
+    monkeypatch.setattr(attention, "_SIMD", False)
+    assert not attention.outruns_sdpa(*states)
